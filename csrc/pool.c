@@ -7,6 +7,7 @@
 #include "pool.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -159,18 +160,25 @@ worker_main(void *start)
 static void
 start_workers(bd_pool *pool)
 {
+    sigset_t all, before;
+    if (pool->n_started == pool->n_threads - 1) {
+        return;
+    }
+    sigfillset(&all); /* signals are the host program's: workers inherit a mask of all */
+    pthread_sigmask(SIG_SETMASK, &all, &before);
     while (pool->n_started < pool->n_threads - 1) {
         worker_start *start = malloc(sizeof *start);
         if (start == NULL) {
-            return;
+            break;
         }
         *start = (worker_start){.pool = pool, .worker = pool->n_started + 1};
         if (pthread_create(&pool->threads[pool->n_started], NULL, worker_main, start) != 0) {
             free(start);
-            return;
+            break;
         }
         pool->n_started++;
     }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
 /* In a forked child the threads are gone and the locks may be held by nobody: the first caller
