@@ -1,0 +1,270 @@
+"""The command `bitdelta`: one function per sub-command, each a thin call of the library.
+
+    stdout   the answer: text, or with --json one JSON document and nothing else
+    stderr   progress, messages, errors (one line; --debug adds the traceback)
+    exit     0 done, 1 the answer is no (verify), 2 wrong use or bad input, 130 interrupted
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import Error
+
+app = typer.Typer(
+    help="One base model, a thousand fine-tunes: each stored as sign bits and a few scales.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Scale(str, Enum):
+    tensor = "tensor"
+    row = "row"
+    rank1 = "rank1"
+
+
+class Fit(str, Enum):
+    signs = "signs"
+    scales = "scales"
+
+
+class Suite(str, Enum):
+    cpu = "cpu"
+
+
+BASE = Annotated[str, typer.Argument(metavar="BASE", help="Folder or Hub id (NAME@REVISION) of the base model.")]
+DELTA = Annotated[str, typer.Argument(metavar="DELTA", help="Folder or Hub id of a packed delta.")]
+OUT = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; it must not exist.")]
+JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.callback(invoke_without_command=True)
+def _global(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        import bitdelta
+
+        typer.echo(bitdelta.__version__)
+        raise typer.Exit()
+
+
+@app.command()
+def compress(
+    base: BASE,
+    finetuned: Annotated[str, typer.Argument(metavar="FINETUNED", help="Folder or Hub id of the fine-tune.")],
+    out: OUT,
+    planes: Annotated[int, typer.Option(min=1, max=8, help="Sign planes: bits per weight.")] = 1,
+    scale: Annotated[Scale, typer.Option(help="One scale per matrix, per row, or per row and column.")] = Scale.row,
+    whole: Annotated[list[str], typer.Option(metavar="GLOB", help="Store these tensors whole; repeatable.")] = [],  # noqa: B006
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Calibration text.")] = None,
+    fit: Annotated[Fit, typer.Option(help="What calibration fits.")] = Fit.signs,
+    budget: Annotated[float | None, typer.Option(metavar="BITS", help="Bits per weight to spend.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate size, memory and time; write nothing.")] = False,
+    as_json: JSON = False,
+    debug: DEBUG = False,
+) -> None:
+    """Pack what a fine-tune changed in its base."""
+    from .compress import compress as run
+
+    report = run(
+        base,
+        finetuned,
+        out,
+        planes=planes,
+        scale=scale.value,
+        whole=tuple(whole),
+        text=text,
+        fit=fit.value,
+        budget=budget,
+        dry_run=dry_run,
+        progress=_progress(),
+    )
+    _answer(report, as_json, _summary(report, "would write" if dry_run else "wrote", out))
+
+
+@app.command()
+def info(delta: DELTA, as_json: JSON = False, debug: DEBUG = False) -> None:
+    """Show what a delta holds: per tensor form, bytes and error; shares; the factor."""
+    from .info import describe
+    from .info import info as run
+
+    report = run(delta)
+    _answer(report, as_json, describe(report))
+
+
+@app.command()
+def verify(
+    delta: DELTA,
+    base: Annotated[str, typer.Option(metavar="BASE", help="Folder or Hub id of the base model.")],
+    finetuned: Annotated[str | None, typer.Option(metavar="DIR", help="Also measure the error against it.")] = None,
+    as_json: JSON = False,
+    debug: DEBUG = False,
+) -> None:
+    """Check a delta against its checksums and its base; exit status 1 if it fails."""
+    from .verify import verify as run
+
+    report = run(delta, base, finetuned)
+    good = bool(report.get("ok"))
+    _answer(report, as_json, _summary(report, "good:" if good else "NOT GOOD:", delta))
+    if not good:
+        raise typer.Exit(1)
+
+
+@app.command()
+def merge(
+    base: BASE,
+    delta: DELTA,
+    out: OUT,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the inputs; write nothing.")] = False,
+    as_json: JSON = False,
+    debug: DEBUG = False,
+) -> None:
+    """Write base + delta as a full checkpoint that transformers loads."""
+    from .merge import merge as run
+
+    if dry_run:
+        from .checkpoint import open_checkpoint
+        from .packfile import load
+
+        _refuse_existing(out)
+        packfile = load(delta)
+        report = {"dry_run": True, "tensors": len(packfile.entries), "base": str(open_checkpoint(base).root), "out": str(out)}
+        _answer(report, as_json, [f"would write {len(packfile.entries)} tensors to {out}"])
+        return
+    report = run(base, delta, out) or {}
+    _answer({"out": str(out), **report}, as_json, _summary(report, "wrote", out))
+
+
+@app.command("import-diff")
+def import_diff(
+    diff: Annotated[Path, typer.Argument(metavar="DIFF.pt", help="A diff.pt of the original BitDelta project.")],
+    base: Annotated[str, typer.Option(metavar="BASE", help="Folder or Hub id of the base model.")],
+    out: OUT,
+    as_json: JSON = False,
+    debug: DEBUG = False,
+) -> None:
+    """Convert a diff.pt of the original project; its pickle is never executed."""
+    from .import_diff import import_diff as run
+
+    report = run(diff, base, out)
+    _answer(report, as_json, _summary(report, "wrote", out))
+
+
+@app.command()
+def bench(
+    suite: Annotated[Suite, typer.Argument(help="What to measure.")] = Suite.cpu,
+    quick: Annotated[bool, typer.Option("--quick", help="Small shapes, seconds: checks that it runs.")] = False,
+    as_json: JSON = False,
+    debug: DEBUG = False,
+) -> None:
+    """Check the kernels, then time them against the dense product, on this machine."""
+    from . import bench as suites
+
+    report = suites.run(suite.value, quick=quick, log=_message)
+    _answer(report, as_json, suites.describe(report))
+
+
+@app.command()
+def demo(
+    small: Annotated[bool, typer.Option("--small", help="Tiny models and poor text, in seconds.")] = False,
+    cache: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the models here.")] = None,
+    as_json: JSON = False,
+    debug: DEBUG = False,
+) -> None:
+    """Train a small base and three fine-tunes, compress them, and measure what is left."""
+    from . import demo as demonstration
+
+    chosen = demonstration.small() if small else (demonstration.Settings(), demonstration.Evaluation())
+    report = demonstration.run(*chosen, cache=cache, log=_message)
+    _answer(report, as_json, demonstration.describe(report))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status; the entry point of the console script."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        status = app(args=arguments, prog_name="bitdelta", standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        _message("bitdelta: interrupted, nothing was written")
+        return 130
+    except BrokenPipeError:  # the reader of stdout has left, as in `bitdelta info X | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        usage = hasattr(error, "format_message") and hasattr(error, "exit_code")  # typer's own or click's ClickException
+        known = usage or isinstance(error, (Error, OSError, ValueError, TypeError, BufferError, MemoryError, ImportError))
+        if "--debug" in arguments:
+            import traceback
+
+            traceback.print_exc()
+        text = error.format_message() if usage else str(error) or type(error).__name__
+        if not known:
+            text = f"internal error: {type(error).__name__}: {text}; --debug shows where"
+        line = " ".join(text.split())
+        if line:
+            _message(f"bitdelta: error: {line}")
+        return 2
+
+
+def _answer(report: dict[str, Any], as_json: bool, lines: Iterable[str]) -> None:
+    if as_json:
+        # NaN is not JSON: a report with one is an error here, not a document that others cannot read
+        typer.echo(json.dumps(report, indent=2, allow_nan=False, default=_plain))
+    else:
+        for line in lines:
+            typer.echo(line)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # NumPy scalars and arrays
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__} in the report is not JSON")
+
+
+def _summary(report: dict[str, Any], verb: str, path: object) -> Iterable[str]:
+    """`verb path`, then the report's single values, one a line."""
+    yield f"{verb} {path}"
+    for key, value in report.items():
+        if isinstance(value, float):
+            yield f"  {key.replace('_', ' ')}: {value:.6g}"
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield f"  {key.replace('_', ' ')}: {value:,}"
+        elif isinstance(value, (str, bool)) and value != "":
+            yield f"  {key.replace('_', ' ')}: {value}"
+        elif isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value):
+            yield f"  {key.replace('_', ' ')}: {', '.join(value[:8])}{' ...' if len(value) > 8 else ''}"
+
+
+def _message(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _progress() -> bool:
+    return sys.stderr.isatty() and os.environ.get("BITDELTA_PROGRESS") != "0"
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise FileExistsError(f"{out} exists; choose another --out")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

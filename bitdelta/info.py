@@ -1,0 +1,100 @@
+"""What a packed delta holds: per tensor its form, bytes and error; for the whole its size against the fine-tune.
+
+    bits per parameter = 8 * (bytes of the delta's files) / (parameters of the fine-tune)
+    factor             = (bytes of the fine-tune's tensors as it was stored) / (bytes of the delta's files)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FORMS = {
+    "tensor": "signs, one scale per matrix",
+    "row": "signs, one scale per row",
+    "rank1": "signs, row and column scales",
+    "whole": "stored whole",
+    "same": "identical to the base",
+}
+ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+UNIT = "factor = bytes of the fine-tune's tensors / bytes of the delta's files"
+
+
+def info(delta_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Describes a packfile without touching the base.
+
+    Args:
+        delta_dir: a folder written by `bitdelta.compress`, or a Hub id.
+
+    Returns:
+        A dict that JSON can hold: `tensors` (name, form, planes, shape, parameters, bytes, relative_error or None),
+        `forms` (parameters and share of each form), `bytes`, `finetuned_bytes`, `factor`, `unit`, `base`.
+
+    Raises:
+        bitdelta.FormatError: the folder is not a packfile.
+    """
+    from .packfile import load
+
+    packfile = load(delta_dir)
+    tensors = [_tensor(name, dict(entry)) for name, entry in packfile.entries.items()]
+    total = sum(tensor["parameters"] for tensor in tensors)
+    forms = {}
+    for form, description in FORMS.items():
+        count = sum(tensor["parameters"] for tensor in tensors if tensor["form"] == form)
+        if count:
+            forms[form] = {"parameters": count, "share": count / total, "description": description}
+    root = Path(packfile.root)
+    size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+    finetuned_bytes = sum(tensor["finetuned_bytes"] for tensor in tensors)
+    return {
+        "delta": str(delta_dir),
+        "format_version": packfile.config.get("format_version"),
+        "tool_version": packfile.config.get("tool_version"),
+        "base": packfile.config.get("base"),
+        "parameters": total,
+        "bytes": size,
+        "finetuned_bytes": finetuned_bytes,
+        "bits_per_parameter": 8 * size / total if total else None,
+        "factor": finetuned_bytes / size if size else None,
+        "unit": UNIT,
+        "forms": forms,
+        "tensors": tensors,
+    }
+
+
+def describe(report: dict[str, Any]) -> Iterator[str]:
+    """The report as lines of text."""
+    width = max([len("tensor"), *(len(tensor["name"]) for tensor in report["tensors"])])
+    yield f"{'tensor':<{width}}  {'form':<8} {'planes':>6} {'shape':>16} {'bytes':>14}  relative error"
+    for tensor in report["tensors"]:
+        error = tensor["relative_error"]
+        shape = " x ".join(map(str, tensor["shape"]))
+        yield (
+            f"{tensor['name']:<{width}}  {tensor['form']:<8} {tensor['planes'] or '':>6} {shape:>16} {tensor['bytes']:>14,}  "
+            + ("" if error is None else f"{error:.4f}")
+        )
+    yield ""
+    for form, share in report["forms"].items():
+        yield f"{form:<8} {share['share']:>7.2%} of the parameters ({share['description']})"
+    yield f"{report['bytes']:,} bytes for {report['parameters']:,} parameters"
+    if report["factor"]:
+        yield f"factor {report['factor']:.2f} ({report['unit']}), {report['bits_per_parameter']:.3f} bits per parameter"
+
+
+def _tensor(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """One row of the table from the packfile's entry; what the entry does not record is None."""
+    shape = list(entry["shape"])
+    parameters = math.prod(shape)
+    return {
+        "name": name,
+        "form": entry["form"],
+        "planes": entry.get("planes"),
+        "shape": shape,
+        "parameters": parameters,
+        "bytes": entry.get("bytes", 0),
+        "finetuned_bytes": parameters * ITEMSIZE.get(entry.get("dtype", "F32"), 4),
+        "relative_error": entry.get("relative_error"),
+    }
