@@ -48,12 +48,12 @@ class Settings:
     heads: int = 4
     key_value_heads: int = 2
     vocabulary: int = 512
-    length: int = 128  # tokens of one training row
+    length: int = 64  # tokens of one training row
     batch: int = 8
-    base_steps: int = 240
-    finetune_steps: int = 60
-    rate: float = 3e-3
-    finetune_rate: float = 5e-4
+    base_steps: int = 500
+    finetune_steps: int = 130
+    rate: float = 2e-3
+    finetune_rate: float = 1e-3
     text_bytes: int = 400_000
     seed: int = 0
 
@@ -224,6 +224,7 @@ def _train_all(settings: Settings, folder: Path, log: Callable[[str], None]) -> 
             num_key_value_heads=settings.key_value_heads,
             max_position_embeddings=512,
             tie_word_embeddings=True,
+            initializer_range=settings.hidden**-0.5,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
