@@ -1,8 +1,8 @@
 """The command `bitdelta`: one function per sub-command, each a thin call of the library.
 
-    stdout   the answer: text, or with --json one JSON document and nothing else
-    stderr   progress, messages, errors (one line; --debug adds the traceback)
-    exit     0 done, 1 the answer is no (verify), 2 wrong use or bad input, 130 interrupted
+stdout   the answer: text, or with --json one JSON document and nothing else
+stderr   progress, messages, errors (one line; --debug adds the traceback)
+exit     0 done, 1 the answer is no (verify), 2 wrong use or bad input, 130 interrupted
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from .errors import Error
 
 app = typer.Typer(
     help="One base model, a thousand fine-tunes: each stored as sign bits and a few scales.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -43,7 +42,9 @@ class Suite(str, Enum):
     cpu = "cpu"
 
 
-BASE = Annotated[str, typer.Argument(metavar="BASE", help="Folder or Hub id (NAME@REVISION) of the base model.")]
+BASE = Annotated[
+    str, typer.Argument(metavar="BASE", help="Folder or Hub id (NAME@REVISION) of the base model.")
+]
 DELTA = Annotated[str, typer.Argument(metavar="DELTA", help="Folder or Hub id of a packed delta.")]
 OUT = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; it must not exist.")]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
@@ -60,6 +61,9 @@ def _global(
 
         typer.echo(bitdelta.__version__)
         raise typer.Exit()
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -68,12 +72,18 @@ def compress(
     finetuned: Annotated[str, typer.Argument(metavar="FINETUNED", help="Folder or Hub id of the fine-tune.")],
     out: OUT,
     planes: Annotated[int, typer.Option(min=1, max=8, help="Sign planes: bits per weight.")] = 1,
-    scale: Annotated[Scale, typer.Option(help="One scale per matrix, per row, or per row and column.")] = Scale.row,
-    whole: Annotated[list[str], typer.Option(metavar="GLOB", help="Store these tensors whole; repeatable.")] = [],  # noqa: B006
+    scale: Annotated[
+        Scale, typer.Option(help="One scale per matrix, per row, or per row and column.")
+    ] = Scale.row,
+    whole: Annotated[
+        list[str], typer.Option(metavar="GLOB", help="Store these tensors whole; repeatable.")
+    ] = [],  # noqa: B006
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="Calibration text.")] = None,
     fit: Annotated[Fit, typer.Option(help="What calibration fits.")] = Fit.signs,
     budget: Annotated[float | None, typer.Option(metavar="BITS", help="Bits per weight to spend.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate size, memory and time; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Estimate size, memory and time; write nothing.")
+    ] = False,
     as_json: JSON = False,
     debug: DEBUG = False,
 ) -> None:
@@ -110,7 +120,9 @@ def info(delta: DELTA, as_json: JSON = False, debug: DEBUG = False) -> None:
 def verify(
     delta: DELTA,
     base: Annotated[str, typer.Option(metavar="BASE", help="Folder or Hub id of the base model.")],
-    finetuned: Annotated[str | None, typer.Option(metavar="DIR", help="Also measure the error against it.")] = None,
+    finetuned: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Also measure the error against it.")
+    ] = None,
     as_json: JSON = False,
     debug: DEBUG = False,
 ) -> None:
@@ -142,7 +154,12 @@ def merge(
 
         _refuse_existing(out)
         packfile = load(delta)
-        report = {"dry_run": True, "tensors": len(packfile.entries), "base": str(open_checkpoint(base).root), "out": str(out)}
+        report = {
+            "dry_run": True,
+            "tensors": len(packfile.entries),
+            "base": str(open_checkpoint(base).root),
+            "out": str(out),
+        }
         _answer(report, as_json, [f"would write {len(packfile.entries)} tensors to {out}"])
         return
     report = run(base, delta, out) or {}
@@ -151,7 +168,9 @@ def merge(
 
 @app.command("import-diff")
 def import_diff(
-    diff: Annotated[Path, typer.Argument(metavar="DIFF.pt", help="A diff.pt of the original BitDelta project.")],
+    diff: Annotated[
+        Path, typer.Argument(metavar="DIFF.pt", help="A diff.pt of the original BitDelta project.")
+    ],
     base: Annotated[str, typer.Option(metavar="BASE", help="Folder or Hub id of the base model.")],
     out: OUT,
     as_json: JSON = False,
@@ -167,7 +186,9 @@ def import_diff(
 @app.command()
 def bench(
     suite: Annotated[Suite, typer.Argument(help="What to measure.")] = Suite.cpu,
-    quick: Annotated[bool, typer.Option("--quick", help="Small shapes, seconds: checks that it runs.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small shapes, seconds: checks that it runs.")
+    ] = False,
     as_json: JSON = False,
     debug: DEBUG = False,
 ) -> None:
@@ -206,9 +227,13 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of stdout has left, as in `bitdelta info X | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
-        usage = hasattr(error, "format_message") and hasattr(error, "exit_code")  # typer's own or click's ClickException
-        known = usage or isinstance(error, (Error, OSError, ValueError, TypeError, BufferError, MemoryError, ImportError))
+    except Exception as error:  # noqa: BLE001 - whatever it is, the user reads one line
+        usage = hasattr(error, "format_message") and hasattr(
+            error, "exit_code"
+        )  # typer's own or click's ClickException
+        known = usage or isinstance(
+            error, (Error, OSError, ValueError, TypeError, BufferError, MemoryError, ImportError)
+        )
         if "--debug" in arguments:
             import traceback
 

@@ -1,10 +1,10 @@
-"""The demonstration: a small Llama-architecture base, three full fine-tunes, their deltas, and what they cost in quality.
+"""The demonstration: a small Llama base, three full fine-tunes, and what their deltas cost in quality.
 
-    text that ships with Python -> base -> 3 fine-tunes -> compress (1 and 2 planes) -> merge -> perplexity, a sample
+    text that ships with Python -> base -> 3 fine-tunes -> compress -> merge -> perplexity, sample
 
-The models are trained here, in a minute or two, and kept in a cache; everything is seeded. Compression and merging are
-`bitdelta.compress` and `bitdelta.merge`, as for any model, and every perplexity is computed by transformers from a
-folder on the disk. Needs PyTorch and transformers, imported inside.
+The models are trained here, in a minute or two, and kept in a cache; everything is seeded. Compression and
+merging are `bitdelta.compress` and `bitdelta.merge`, as for any model, and every perplexity is computed by
+transformers from a folder on the disk. Needs PyTorch and transformers, imported inside.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
         for row in result["rows"]:
             size = "" if row["bytes"] is None else f"{row['bytes']:,}"
             factor = f"{row['factor']:.1f}" if "factor" in row else ""
-            yield f"  {row['model']:<10} {size:>12} {factor:>7} {row['perplexity']:>11.3f}  {row['sample'][:72]!r}"
+            sample = row["sample"][:72]
+            yield f"  {row['model']:<10} {size:>12} {factor:>7} {row['perplexity']:>11.3f}  {sample!r}"
 
 
 def default_cache() -> Path:
@@ -158,7 +159,7 @@ def models(
     cache: str | os.PathLike[str] | None = None,
     log: Callable[[str], None] = lambda message: None,
 ) -> Path:
-    """The folder with `base` and one folder per fine-tune, each one that transformers loads; trained if not cached."""
+    """The folder that holds `base` and every fine-tune, as transformers loads them; trained if not cached."""
     torch, transformers = _libraries()
     about = [asdict(settings), sys.version_info[:3], torch.__version__, transformers.__version__, 1]
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
@@ -230,7 +231,9 @@ def _train_all(settings: Settings, folder: Path, log: Callable[[str], None]) -> 
             pad_token_id=tokenizer.eos_token_id,
         )
         model = transformers.LlamaForCausalLM(config)
-        _train(model, tokenizer, _kept(texts["base"]), settings, settings.base_steps, settings.rate, "base", log)
+        _train(
+            model, tokenizer, _kept(texts["base"]), settings, settings.base_steps, settings.rate, "base", log
+        )
     _save(model, tokenizer, folder / "base")
     for task in TASKS:
         with _seeded(torch, settings.seed + 1):
@@ -267,7 +270,14 @@ def _tokenizer(settings: Settings, texts: list[str]) -> Any:
 
 
 def _train(
-    model: Any, tokenizer: Any, text: str, settings: Settings, steps: int, rate: float, name: str, log: Callable[[str], None]
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    settings: Settings,
+    steps: int,
+    rate: float,
+    name: str,
+    log: Callable[[str], None],
 ) -> None:
     """AdamW on random windows; every parameter is trained."""
     import torch
@@ -315,7 +325,7 @@ def _load(folder: Path) -> Any:
 def _measure(
     name: str, folder: Path, size: int | None, text: str, task: str, evaluation: Evaluation
 ) -> dict[str, Any]:
-    """One row of the table: transformers loads the folder; fp32 arithmetic, so that only the weights differ."""
+    """One row of the table: transformers loads the folder; in fp32, so that only the weights differ."""
     import torch
     from transformers import AutoTokenizer
 
@@ -329,7 +339,9 @@ def _measure(
     with torch.inference_mode():
         for rows in tokens.split(16):
             logits = model(input_ids=rows).logits[:, :-1]
-            total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum").item()
+            total += torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
+            ).item()
         sample = model.generate(**prompt, max_new_tokens=evaluation.sample_tokens, do_sample=False)
     new = sample[0, prompt["input_ids"].shape[1] :]
     return {
@@ -341,11 +353,16 @@ def _measure(
 
 
 def _model_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) + (folder / "config.json").stat().st_size
+    return (
+        sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        + (folder / "config.json").stat().st_size
+    )
 
 
 def _delta_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and "tokenizer" not in path.name)
+    return sum(
+        path.stat().st_size for path in folder.rglob("*") if path.is_file() and "tokenizer" not in path.name
+    )
 
 
 def small() -> tuple[Settings, Evaluation]:

@@ -1,12 +1,12 @@
 """Converts a `diff.pt` of the original BitDelta project into a packfile.
 
-    MODULE.mask    int32 [K/32, N]   bit i of word w = input row 32 w + i, 1 means +; the weight is MODULE.weight [N, K]
+    MODULE.mask    int32 [K/32, N]   bit i of word w = input row 32 w + i, 1 means +; of MODULE.weight [N, K]
     MODULE.coeff   float32 []        the one scale of that weight
     MODULE.A, .B   [K, r], [r, N]    low-rank: weight += (A B)^T; stored whole, as base + (A B)^T
     NAME           any               a tensor of the fine-tune, stored whole
 
-The masks' words are already ours; only their order changes: word w of output row n goes to line w of strip n / 16.
-The file says nothing about its base, so that names and shapes are checked against the base that the caller gives.
+The masks' words are ours; only their order changes: word w of output row n goes to line w of strip n/16.
+The file says nothing about its base, so names and shapes are checked against the base that the caller gives.
 
 Source: FasterDecoding/BitDelta, bitdelta/diff.py and bitdelta/binary_gemm_kernel.py (formats only).
 """
@@ -60,7 +60,7 @@ def import_diff(
 
 
 def strips(mask: np.ndarray) -> np.ndarray:
-    """mask int32 [K/32, N] -> sign uint32 [1, ceil(N/16), 8 ceil(K/256), 16], 64-byte aligned, padded with zero bits."""
+    """mask int32 [K/32, N] -> sign uint32 [1, ceil(N/16), 8 ceil(K/256), 16], padded with zero bits."""
     from .array import aligned_empty
 
     words, n = mask.shape
@@ -83,7 +83,7 @@ def delta(mask: Tensor, coeff: Tensor) -> Delta:
 def _sort(
     tensors: dict[str, Tensor], base: Checkpoint, path: Path
 ) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    """(weight name -> module) of the masks and of the low-rank pairs, and the names of the whole tensors; all checked."""
+    """Weight name -> module of masks and of low-rank pairs, and the names of the whole tensors; checked."""
     masks: dict[str, str] = {}
     lowrank: dict[str, str] = {}
     whole: list[str] = []
@@ -116,7 +116,9 @@ def _sort(
 def _weight(base: Checkpoint, module: str, name: str, path: Path) -> str:
     weight = module + ".weight"
     if weight not in base:
-        raise BaseMismatchError(f"{path}: {name}: the base {base.root} has no {weight}; is it the right base?")
+        raise BaseMismatchError(
+            f"{path}: {name}: the base {base.root} has no {weight}; is it the right base?"
+        )
     if len(base[weight].shape) != 2 or base[weight].dtype not in DTYPES:
         raise BaseMismatchError(f"{path}: {name}: {weight} of the base is not a matrix of floats")
     return weight
@@ -128,13 +130,18 @@ def _check_mask(tensors: dict[str, Tensor], module: str, shape: tuple[int, ...],
     if coeff is None:
         raise FormatError(f"{path}: {module}.mask without {module}.coeff")
     if mask.dtype != "I32" or len(mask.shape) != 2:
-        raise FormatError(f"{path}: {module}.mask: expected int32 [K/32, N], got {mask.dtype} {list(mask.shape)}")
+        raise FormatError(
+            f"{path}: {module}.mask: expected int32 [K/32, N], got {mask.dtype} {list(mask.shape)}"
+        )
     if k % 32 or mask.shape != (k // 32, n):
         raise BaseMismatchError(
-            f"{path}: {module}.mask: expected [K/32, N] = [{k}/32, {n}] for the base's weight, got {list(mask.shape)}"
+            f"{path}: {module}.mask: expected [K/32, N] = [{k}/32, {n}] as in the base, "
+            f"got {list(mask.shape)}"
         )
     if coeff.dtype not in DTYPES or coeff.shape not in ((), (1,)):
-        raise FormatError(f"{path}: {module}.coeff: expected one float, got {coeff.dtype} {list(coeff.shape)}")
+        raise FormatError(
+            f"{path}: {module}.coeff: expected one float, got {coeff.dtype} {list(coeff.shape)}"
+        )
     if not np.isfinite(np.asarray(to_float32(coeff.array()))).all():
         raise FormatError(f"{path}: {module}.coeff is NaN or Inf")
 
@@ -146,7 +153,8 @@ def _check_lowrank(tensors: dict[str, Tensor], module: str, shape: tuple[int, ..
         raise FormatError(f"{path}: {module}.A and .B: expected two matrices of floats")
     if (a.shape[0], b.shape[1]) != (k, n) or a.shape[1] != b.shape[0]:
         raise BaseMismatchError(
-            f"{path}: {module}.A, .B: expected [{k}, r], [r, {n}] for the base's weight, got {list(a.shape)}, {list(b.shape)}"
+            f"{path}: {module}.A, .B: expected [{k}, r], [r, {n}] as in the base, "
+            f"got {list(a.shape)}, {list(b.shape)}"
         )
 
 
@@ -155,13 +163,19 @@ def _check_whole(tensor: Tensor, base: Checkpoint, name: str, path: Path) -> Non
         raise BaseMismatchError(f"{path}: {name} is not in the base {base.root}; is it the right base?")
     shape = base[name].shape
     # a grown vocabulary changes the first dimension of embeddings and head; nothing else may change
-    grown = len(shape) == 2 and len(tensor.shape) == 2 and tensor.shape[1] == shape[1] and _is_vocabulary(name)
+    grown = (
+        len(shape) == 2 and len(tensor.shape) == 2 and tensor.shape[1] == shape[1] and _is_vocabulary(name)
+    )
     if tensor.shape != shape and not grown:
-        raise BaseMismatchError(f"{path}: {name}: expected {list(shape)} as in the base, got {list(tensor.shape)}")
+        raise BaseMismatchError(
+            f"{path}: {name}: expected {list(shape)} as in the base, got {list(tensor.shape)}"
+        )
 
 
 def _is_vocabulary(name: str) -> bool:
-    return name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "embed_out.weight"))
+    return name.endswith(
+        ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "embed_out.weight")
+    )
 
 
 def _lowrank(tensors: dict[str, Tensor], module: str, weight: Tensor) -> np.ndarray:

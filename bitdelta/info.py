@@ -1,7 +1,7 @@
-"""What a packed delta holds: per tensor its form, bytes and error; for the whole its size against the fine-tune.
+"""What a packed delta holds: per tensor its form, bytes and error; its size against the fine-tune.
 
-    bits per parameter = 8 * (bytes of the delta's files) / (parameters of the fine-tune)
-    factor             = (bytes of the fine-tune's tensors as it was stored) / (bytes of the delta's files)
+bits per parameter = 8 * (bytes of the delta's files) / (parameters of the fine-tune)
+factor             = (bytes of the fine-tune's tensors as it was stored) / (bytes of the delta's files)
 """
 
 from __future__ import annotations
@@ -19,7 +19,18 @@ FORMS = {
     "whole": "stored whole",
     "same": "identical to the base",
 }
-ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+ITEMSIZE = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 UNIT = "factor = bytes of the fine-tune's tensors / bytes of the delta's files"
 
 
@@ -30,8 +41,8 @@ def info(delta_dir: str | os.PathLike[str]) -> dict[str, Any]:
         delta_dir: a folder written by `bitdelta.compress`, or a Hub id.
 
     Returns:
-        A dict that JSON can hold: `tensors` (name, form, planes, shape, parameters, bytes, relative_error or None),
-        `forms` (parameters and share of each form), `bytes`, `finetuned_bytes`, `factor`, `unit`, `base`.
+        A dict that JSON can hold: `tensors` (name, form, planes, shape, parameters, bytes and, where known,
+        relative_error), `forms` (parameters and share of each form), `bytes`, `finetuned_bytes`, `factor`, `unit`, `base`.
 
     Raises:
         bitdelta.FormatError: the folder is not a packfile.
@@ -73,15 +84,16 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
         error = tensor["relative_error"]
         shape = " x ".join(map(str, tensor["shape"]))
         yield (
-            f"{tensor['name']:<{width}}  {tensor['form']:<8} {tensor['planes'] or '':>6} {shape:>16} {tensor['bytes']:>14,}  "
-            + ("" if error is None else f"{error:.4f}")
+            f"{tensor['name']:<{width}}  {tensor['form']:<8} {tensor['planes'] or '':>6} "
+            f"{shape:>16} {tensor['bytes']:>14,}  " + ("" if error is None else f"{error:.4f}")
         )
     yield ""
     for form, share in report["forms"].items():
         yield f"{form:<8} {share['share']:>7.2%} of the parameters ({share['description']})"
     yield f"{report['bytes']:,} bytes for {report['parameters']:,} parameters"
     if report["factor"]:
-        yield f"factor {report['factor']:.2f} ({report['unit']}), {report['bits_per_parameter']:.3f} bits per parameter"
+        yield f"factor {report['factor']:.2f} ({report['unit']})"
+        yield f"{report['bits_per_parameter']:.3f} bits per parameter"
 
 
 def _tensor(name: str, entry: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,9 @@ def checkpoint(folder, seed, layers=2, width=256):
     tensors = {}
     for layer in range(layers):
         for name in ("q_proj", "up_proj"):
-            weight = start.normal(size=(width, width)) + (rng.normal(scale=0.02, size=(width, width)) if seed else 0)
+            weight = start.normal(size=(width, width)) + (
+                rng.normal(scale=0.02, size=(width, width)) if seed else 0
+            )
             tensors[f"model.layers.{layer}.{name}.weight"] = weight.astype(np.float32)
         tensors[f"model.layers.{layer}.norm.weight"] = np.full(width, 1 + seed, np.float32)
     folder.mkdir(parents=True)
@@ -62,6 +64,12 @@ def test_help_lists_the_commands_of_this_version(capsys):
         assert later not in text
 
 
+def test_no_command_shows_the_help_on_stderr(capsys):
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Commands:" in captured.err
+
+
 def test_version(capsys):
     import bitdelta
 
@@ -73,7 +81,10 @@ def test_compress_prints_a_report_and_json_is_one_document(tmp_path, capsys, fol
     base, finetuned, _ = folders
     assert main(["compress", base, finetuned, "--out", str(tmp_path / "text"), "--planes", "2"]) == 0
     assert "wrote" in capsys.readouterr().out
-    assert main(["compress", base, finetuned, "--out", str(tmp_path / "json"), "--scale", "rank1", "--json"]) == 0
+    assert (
+        main(["compress", base, finetuned, "--out", str(tmp_path / "json"), "--scale", "rank1", "--json"])
+        == 0
+    )
     assert isinstance(document(capsys), dict)
     assert (tmp_path / "json" / "delta_config.json").is_file()
 
@@ -150,7 +161,11 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, folders):
     refused(capsys, ["compress", base, str(tmp_path), "--out", str(tmp_path / "out")], str(tmp_path))
     refused(capsys, ["merge", base, str(tmp_path), "--out", str(tmp_path / "out")], "delta_config.json")
     (tmp_path / "x.pt").write_bytes(b"\x80\x02}.")
-    refused(capsys, ["import-diff", str(tmp_path / "x.pt"), "--base", base, "--out", str(tmp_path / "out")], "x.pt")
+    refused(
+        capsys,
+        ["import-diff", str(tmp_path / "x.pt"), "--base", base, "--out", str(tmp_path / "out")],
+        "x.pt",
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -166,7 +181,11 @@ def test_debug_shows_the_traceback(tmp_path, capsys):
 def test_calibration_is_refused_by_name(tmp_path, capsys, folders):
     base, finetuned, _ = folders
     (tmp_path / "text").write_text("x")
-    refused(capsys, ["compress", base, finetuned, "--out", str(tmp_path / "o"), "--text", str(tmp_path / "text")], "calib")
+    refused(
+        capsys,
+        ["compress", base, finetuned, "--out", str(tmp_path / "o"), "--text", str(tmp_path / "text")],
+        "calib",
+    )
     refused(capsys, ["compress", base, finetuned, "--out", str(tmp_path / "o"), "--budget", "2"], "calib")
 
 
@@ -204,7 +223,9 @@ def command(*arguments):
 def test_ctrl_c_during_compress_leaves_no_folder_that_looks_whole(tmp_path):
     base = checkpoint(tmp_path / "base", 0, layers=12, width=1024)
     finetuned = checkpoint(tmp_path / "finetuned", 1, layers=12, width=1024)
-    arguments = command("compress", base, finetuned, "--out", str(tmp_path / "delta"), "--planes", "8", "--scale", "rank1")
+    arguments = command(
+        "compress", base, finetuned, "--out", str(tmp_path / "delta"), "--planes", "8", "--scale", "rank1"
+    )
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     # interrupted as soon as something of it is on the disk
@@ -229,5 +250,7 @@ def test_a_reader_that_leaves_is_no_error(folders):
 
 
 def test_importing_the_command_line_imports_no_torch():
-    code = "import sys, bitdelta.cli; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    code = (
+        "import sys, bitdelta.cli; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

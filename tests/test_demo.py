@@ -1,4 +1,4 @@
-"""The demonstration in tiny settings: it trains once, keeps the models, measures, and is the same every time."""
+"""The demonstration in tiny settings: it trains once, keeps the models, measures, and repeats itself."""
 
 import json
 import subprocess
@@ -48,7 +48,9 @@ def test_models_are_cached_and_seeded(cache, report, tmp_path):
     again = demo.models(settings, tmp_path, messages.append)
     assert again.name == root.name and messages
     for folder in ("base", *demo.TASKS):
-        assert (again / folder / "model.safetensors").read_bytes() == (root / folder / "model.safetensors").read_bytes()
+        assert (again / folder / "model.safetensors").read_bytes() == (
+            root / folder / "model.safetensors"
+        ).read_bytes()
     assert [entry.name for entry in tmp_path.iterdir()] == [root.name]
 
 
@@ -73,6 +75,8 @@ def test_without_transformers_it_says_what_to_install():
         "import sys; sys.modules['transformers'] = None\n"
         "from bitdelta.cli import main; sys.exit(main(['demo', '--small']))"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2
     assert "pip install '.[torch]'" in done.stderr and done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""diff.pt of the original project -> packfile: the words keep their meaning, and what does not fit is refused."""
+"""diff.pt of the original project -> packfile: words keep their meaning, what does not fit is refused."""
 
 import json
 
@@ -34,7 +34,9 @@ def base(tmp_path):
 def pack(signs):
     """The original's `pack` of a bool [K, N]: word w holds rows 32 w .. 32 w + 31, bit i = row 32 w + i."""
     k, n = signs.shape
-    words = (signs.reshape(k // 32, 32, n).astype(np.uint64) << np.arange(32, dtype=np.uint64)[:, None]).sum(1)
+    words = (signs.reshape(k // 32, 32, n).astype(np.uint64) << np.arange(32, dtype=np.uint64)[:, None]).sum(
+        1
+    )
     return torch.from_numpy(words.astype(np.uint32).view(np.int32))
 
 
@@ -66,7 +68,9 @@ def test_a_mask_becomes_the_same_weight(tmp_path, base, diff):
     delta = load(tmp_path / "delta")[name]
     assert delta.shape == (N, K) and delta.planes == 1 and delta.form == "tensor"
     weight = base[1][name].float()
-    expected = (weight + torch.from_numpy(np.where(signs.T, np.float32(0.03125), np.float32(-0.03125)))).bfloat16()
+    expected = (
+        weight + torch.from_numpy(np.where(signs.T, np.float32(0.03125), np.float32(-0.03125)))
+    ).bfloat16()
     got = delta.expand(base[1][name].view(torch.uint16).numpy().view(bfloat16()))
     np.testing.assert_array_equal(to_float32(got), expected.float().numpy())
 
@@ -90,7 +94,9 @@ def test_merging_the_converted_file_gives_the_originals_model(tmp_path, base, di
     torch.testing.assert_close(merged["model.norm.weight"], items["model.norm.weight"], rtol=0, atol=0)
     torch.testing.assert_close(merged["lm_head.weight"], base[1]["lm_head.weight"], rtol=0, atol=0)
     name = "model.layers.0.mlp.up_proj.weight"
-    expected = (base[1][name].float() + torch.from_numpy(np.where(signs.T, 0.03125, -0.03125)).float()).bfloat16()
+    expected = (
+        base[1][name].float() + torch.from_numpy(np.where(signs.T, 0.03125, -0.03125)).float()
+    ).bfloat16()
     torch.testing.assert_close(merged[name], expected, rtol=0, atol=0)
 
 
@@ -109,7 +115,10 @@ def test_low_rank_parts_are_expanded(tmp_path, base, diff):
 def test_a_grown_vocabulary_is_stored_and_told_to_the_config(tmp_path, base, diff):
     from bitdelta.merge import merge
 
-    grown = {"lm_head.weight": torch.zeros(12, 8).bfloat16(), "model.embed_tokens.weight": torch.zeros(12, 8).bfloat16()}
+    grown = {
+        "lm_head.weight": torch.zeros(12, 8).bfloat16(),
+        "model.embed_tokens.weight": torch.zeros(12, 8).bfloat16(),
+    }
     convert(tmp_path, base, {**diff[1], **grown})
     merge(base[0], tmp_path / "delta", tmp_path / "merged")
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["vocab_size"] == 12
@@ -119,13 +128,21 @@ WRONG = {
     "no coeff": (lambda d: d.pop(M + ".coeff"), FormatError, "without model.layers.0.mlp.up_proj.coeff"),
     "no mask": (lambda d: d.pop(M + ".mask"), FormatError, "without model.layers.0.mlp.up_proj.mask"),
     "mask dtype": (lambda d: d.update({M + ".mask": d[M + ".mask"].long()}), FormatError, "expected int32"),
-    "mask shape": (lambda d: d.update({M + ".mask": d[M + ".mask"][:2]}), BaseMismatchError, r"\[96/32, 40\]"),
+    "mask shape": (
+        lambda d: d.update({M + ".mask": d[M + ".mask"][:2]}),
+        BaseMismatchError,
+        r"\[96/32, 40\]",
+    ),
     "coeff": (lambda d: d.update({M + ".coeff": torch.tensor(float("nan"))}), FormatError, "NaN or Inf"),
     "coeff shape": (lambda d: d.update({M + ".coeff": torch.ones(2)}), FormatError, "expected one float"),
     "other base": (lambda d: d.update({"other.mask": d[M + ".mask"]}), BaseMismatchError, "no other.weight"),
     "extra": (lambda d: d.update({"other.weight": torch.ones(2)}), BaseMismatchError, "not in the base"),
     "shape": (lambda d: d.update({"model.norm.weight": torch.ones(9)}), BaseMismatchError, r"expected \[8\]"),
-    "half a pair": (lambda d: d.update({"model.layers.0.mlp.down_proj.A": torch.ones(N, 1)}), FormatError, "without"),
+    "half a pair": (
+        lambda d: d.update({"model.layers.0.mlp.down_proj.A": torch.ones(N, 1)}),
+        FormatError,
+        "without",
+    ),
     "twice": (lambda d: d.update({M + ".weight": torch.ones(N, K)}), FormatError, "two forms"),
 }
 M = "model.layers.0.mlp.up_proj"

@@ -18,7 +18,9 @@ def readme():
 def test_the_python_example_runs(readme):
     examples = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert len(examples) == 1
-    done = subprocess.run([sys.executable, "-c", examples[0]], check=False, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", examples[0]], check=False, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[0]) > 16
 

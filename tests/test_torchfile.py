@@ -50,7 +50,9 @@ def state(items):
     return b"\x80\x02}(" + b"".join(text(name) + value for name, value in items.items()) + b"u."
 
 
-def archive(path, pickled, data=None, *, byteorder=b"little", compression=zipfile.ZIP_STORED, prefix="archive"):
+def archive(
+    path, pickled, data=None, *, byteorder=b"little", compression=zipfile.ZIP_STORED, prefix="archive"
+):
     with zipfile.ZipFile(path, "w", compression) as file:
         file.writestr(f"{prefix}/data.pkl", pickled)
         if byteorder is not None:
@@ -145,7 +147,10 @@ def test_never_executes_a_malicious_pickle(tmp_path, protocol):
 EVIL = {
     "global": (b"\x80\x02cos\nsystem\n(" + text("true") + b"tR.", "os.system"),
     "builtins": (b"\x80\x02cbuiltins\neval\n(" + text("1") + b"tR.", "builtins.eval"),
-    "stack global": (b"\x80\x04" + text("os") + text("system") + b"\x93" + text("true") + b"\x85R.", "os.system"),
+    "stack global": (
+        b"\x80\x04" + text("os") + text("system") + b"\x93" + text("true") + b"\x85R.",
+        "os.system",
+    ),
     "torch load": (b"\x80\x02ctorch\nload\n)R.", "torch.load"),
     "instance": (b"(ios\nsystem\n.", "opcode INST"),
     "object": (b"\x80\x02(cos\nsystem\no.", "os.system"),
@@ -279,7 +284,11 @@ def test_changed_bytes_never_crash_or_leave_the_file(tmp_path_factory, data):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.sampled_from(list(b"\x80\x02}]()tuQRbqh.XKJNsae\x85\x86\x87\x88\x89\x00\x01\x94\x93")), max_size=30))
+@given(
+    st.lists(
+        st.sampled_from(list(b"\x80\x02}]()tuQRbqh.XKJNsae\x85\x86\x87\x88\x89\x00\x01\x94\x93")), max_size=30
+    )
+)
 def test_random_opcodes_never_crash(tmp_path_factory, opcodes):
     path = archive(tmp_path_factory.mktemp("fuzz") / "fuzz.bin", bytes(opcodes), {"0": SIX.tobytes()})
     survives(path)
