@@ -141,10 +141,10 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
     for task, result in report["finetunes"].items():
         yield ""
         yield f"{task}: fine-tuned on {result['text']}"
-        yield f"  {'':<10} {'bytes':>12} {'of 1/':>7} {'perplexity':>11}  sample after {result['prompt']!r}"
+        yield f"  {'':<10} {'bytes':>12} {'smaller':>7} {'perplexity':>11}  sample after {result['prompt']!r}"
         for row in result["rows"]:
             size = "" if row["bytes"] is None else f"{row['bytes']:,}"
-            factor = f"{row['factor']:.1f}" if "factor" in row else ""
+            factor = f"{row['factor']:.1f}x" if "factor" in row else ""
             sample = row["sample"][:72]
             yield f"  {row['model']:<10} {size:>12} {factor:>7} {row['perplexity']:>11.3f}  {sample!r}"
 

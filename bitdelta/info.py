@@ -42,7 +42,8 @@ def info(delta_dir: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         A dict that JSON can hold: `tensors` (name, form, planes, shape, parameters, bytes and, where known,
-        relative_error), `forms` (parameters and share of each form), `bytes`, `finetuned_bytes`, `factor`, `unit`, `base`.
+        relative_error), `forms` (parameters and share of each), `bytes`, `finetuned_bytes`, `factor`, `unit`,
+        `base`.
 
     Raises:
         bitdelta.FormatError: the folder is not a packfile.

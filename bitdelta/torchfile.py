@@ -65,7 +65,8 @@ def open_torch_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             raise FormatError(f"{path}: expected tensor names to be text, got {describe_kind(name)}")
         if not isinstance(view, View):
             raise FormatError(
-                f"{path}: {name[:200]!r} is {describe_kind(view)}, not a tensor; save model.state_dict() alone"
+                f"{path}: {name[:200]!r} is {describe_kind(view)}, not a tensor; "
+                "save model.state_dict() alone"
             )
         storage = view.storage
         entry = entries.get(storage.key)

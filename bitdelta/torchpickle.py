@@ -210,8 +210,8 @@ def _set_items(target: dict[Any, Any], items: list[Any]) -> None:
 def _name(text: str, position: int, path: Path) -> _Name:
     if text not in NAMES:
         raise FormatError(
-            f"{path}: data.pkl names {text[:200].replace(' ', '.', 1)!r} at byte {position}; only tensors are "
-            "read, nothing is executed. Save model.state_dict() alone, or do not trust this file"
+            f"{path}: data.pkl names {text[:200].replace(' ', '.', 1)!r} at byte {position}; "
+            "only tensors are read, nothing is executed. Save model.state_dict() alone, or distrust the file"
         )
     return _Name(text)
 
@@ -263,8 +263,8 @@ def _rebuild(storage: Any, start: Any, shape: Any, strides: Any, path: Path) -> 
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if count and size != 1 and stride != expected:
             raise FormatError(
-                f"{path}: a tensor of shape {list(shape)} has strides {list(strides)}; only contiguous tensors "
-                "are read, save it after .contiguous()"
+                f"{path}: a tensor of shape {list(shape)} has strides {list(strides)}; "
+                "only contiguous tensors are read, save it after .contiguous()"
             )
         expected *= size
     if start + count > storage.count:
