@@ -51,6 +51,18 @@ def diff(base):
     }
 
 
+def test_every_bit_of_a_mask_is_found_in_the_strips_and_the_padding_is_zero():
+    from bitdelta.import_diff import strips
+
+    signs = np.random.default_rng(2).random((K, N)) < 0.5
+    sign = strips(pack(signs).numpy())
+    assert sign.shape == (1, 3, 8, 16) and sign.dtype == np.uint32 and sign.ctypes.data % 64 == 0
+    bits = (sign[0][..., None] >> np.arange(32, dtype=np.uint32)) & 1  # [strip, word, row, bit]
+    rows = bits.transpose(0, 2, 1, 3).reshape(48, 256)
+    np.testing.assert_array_equal(rows[:N, :K], signs.T)
+    assert rows[N:].sum() == 0 and rows[:, K:].sum() == 0
+
+
 def convert(tmp_path, base, items):
     from bitdelta.import_diff import import_diff
 
