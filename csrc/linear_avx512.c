@@ -183,7 +183,8 @@ lut_tile(const uint32_t *sign, int64_t strip_stride, int64_t n_lines, const __m5
             word[g] = _mm512_load_si512(line);
             _mm_prefetch((const char *)(line + PREFETCH_WORDS), _MM_HINT_T0);
         }
-#pragma GCC unroll 8
+        /* Not unrolled: the compiler would sum the look-ups of all steps first, and spill them. */
+#pragma GCC unroll 1
         for (int j = 0; j < LUT_LINE_TABLES; j++) {
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
