@@ -7,11 +7,12 @@
 
 #include <immintrin.h>
 #include <stddef.h>
+#include <string.h>
 
-#include "linear_avx512.h"
+#include "kernels.h"
 
 #if defined(__clang__)
-#pragma clang attribute push( \
+#pragma clang attribute push(                                                    \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
     apply_to = function)
 #else
@@ -22,10 +23,10 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum {
-    LUT_ROWS = 4,        /* rows that share the shifted lines */
-    LUT_BLOCK_LINES = 8, /* lines whose tables of LUT_ROWS rows fit the L1 cache */
-    LUT_LINE_TABLES = 8, /* tables of a line: one for every four columns */
-    PREFETCH_WORDS = 256 /* 1 KB ahead in every strip */
+    LUT_ROWS = 4,         /* rows that share the shifted lines */
+    LUT_BLOCK_LINES = 32, /* lines whose tables of LUT_ROWS rows take 64 KB */
+    LUT_LINE_TABLES = 8,  /* tables of a line: one for every four columns */
+    PREFETCH_LINES = 32   /* 2 KB ahead in every strip */
 };
 
 INLINE __mmask16
@@ -38,12 +39,12 @@ tail_mask(int64_t n_left)
 /* ---- fp32 values of any dtype ---------------------------------------------------------------- */
 
 INLINE __m512
-load_masked(const void *data, bd_dtype dtype, int64_t index, __mmask16 mask)
+load_masked(const void* data, bd_dtype dtype, int64_t index, __mmask16 mask)
 {
     if (dtype == BD_F32) {
-        return _mm512_maskz_loadu_ps(mask, (const float *)data + index);
+        return _mm512_maskz_loadu_ps(mask, (const float*)data + index);
     }
-    __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)data + index);
+    __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t*)data + index);
     if (dtype == BD_F16) {
         return _mm512_cvtph_ps(half);
     }
@@ -51,12 +52,12 @@ load_masked(const void *data, bd_dtype dtype, int64_t index, __mmask16 mask)
 }
 
 INLINE __m512
-load_full(const void *data, bd_dtype dtype, int64_t index)
+load_full(const void* data, bd_dtype dtype, int64_t index)
 {
     if (dtype == BD_F32) {
-        return _mm512_loadu_ps((const float *)data + index);
+        return _mm512_loadu_ps((const float*)data + index);
     }
-    __m256i half = _mm256_loadu_si256((const void *)((const uint16_t *)data + index));
+    __m256i half = _mm256_loadu_si256((const void*)((const uint16_t*)data + index));
     if (dtype == BD_F16) {
         return _mm512_cvtph_ps(half);
     }
@@ -66,23 +67,22 @@ load_full(const void *data, bd_dtype dtype, int64_t index)
 /* ---- quantize -------------------------------------------------------------------------------- */
 
 INLINE __m512
-load_scaled(const void *x, bd_dtype dtype, const float *column, int64_t k, __mmask16 mask)
+load_scaled(const void* x, bd_dtype dtype, const float* column, int64_t k, __mmask16 mask)
 {
     __m512 u = load_masked(x, dtype, k, mask);
     return column == NULL ? u : _mm512_mul_ps(u, _mm512_maskz_loadu_ps(mask, column + k));
 }
 
 INLINE int
-quantize_typed(const void *x, bd_dtype dtype, const float *column, int64_t K, int64_t K_padded,
-               int16_t *q, int *exponent)
+quantize_typed(const void* x, bd_dtype dtype, const float* column, int64_t K, int64_t K_padded,
+               int16_t* q, int* exponent)
 {
     /* Without their signs, fp32 numbers are ordered like their bits. */
     const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
     __m512i largest = _mm512_setzero_si512();
     for (int64_t k = 0; k < K; k += 16) {
         __m512 u = load_scaled(x, dtype, column, k, tail_mask(K - k));
-        largest =
-            _mm512_max_epi32(largest, _mm512_and_si512(_mm512_castps_si512(u), magnitude));
+        largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_castps_si512(u), magnitude));
     }
     int bits = _mm512_reduce_max_epi32(largest);
     if (bits >= 0x7F800000) {
@@ -98,14 +98,14 @@ quantize_typed(const void *x, bd_dtype dtype, const float *column, int64_t K, in
         __m512 u = load_scaled(x, dtype, column, k, tail_mask(K - k));
         __m512i rounded = _mm512_cvt_roundps_epi32(_mm512_mul_ps(u, factor),
                                                    _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        _mm256_storeu_si256((void *)(q + k), _mm512_cvtsepi32_epi16(rounded));
+        _mm256_storeu_si256((void*)(q + k), _mm512_cvtsepi32_epi16(rounded));
     }
     return 0;
 }
 
 static int
-quantize(const void *x, bd_dtype dtype, const float *column, int64_t K, int64_t K_padded,
-         int16_t *q, int *exponent)
+quantize(const void* x, bd_dtype dtype, const float* column, int64_t K, int64_t K_padded,
+         int16_t* q, int* exponent)
 {
     switch (dtype) {
         case BD_F32:
@@ -119,8 +119,8 @@ quantize(const void *x, bd_dtype dtype, const float *column, int64_t K, int64_t 
 
 /* ---- products by look-up ----------------------------------------------------------------------
  *
- * prepared: blocks of LUT_ROWS rows (the last may have fewer); in a block the tables stand in the
- * order of their use: [line][four columns][row][16 sums]. */
+ * prepared: at most LUT_ROWS rows; the tables stand in the order of their use:
+ * [line][four columns][row][16 sums]. */
 
 static int64_t
 lut_prepared_bytes(int64_t n_lines, int64_t n_rows)
@@ -139,7 +139,7 @@ lut_scratch_bytes(int64_t n_strips, int64_t n_lines, int64_t n_rows)
 
 /* Entry i: the sum of q[b], negated where bit b of i is 0. */
 INLINE __m512i
-sign_sums(const int16_t *q)
+sign_sums(const int16_t* q)
 {
     const __m512i zero = _mm512_setzero_si512();
     __m512i a = _mm512_set1_epi32(q[0]), b = _mm512_set1_epi32(q[1]);
@@ -152,24 +152,21 @@ sign_sums(const int16_t *q)
 }
 
 static void
-lut_prepare(const int16_t *q, int64_t q_stride, int64_t n_lines, int64_t n_rows, void *prepared)
+lut_prepare(const int16_t* q, int64_t q_stride, int64_t n_lines, int64_t n_rows, void* prepared)
 {
     const int64_t n_tables = n_lines * LUT_LINE_TABLES;
-    __m512i *table = prepared;
-    for (int64_t m = 0; m < n_rows; m += LUT_ROWS) {
-        int64_t n = n_rows - m < LUT_ROWS ? n_rows - m : LUT_ROWS;
-        for (int64_t t = 0; t < n_tables; t++) {
-            for (int64_t r = 0; r < n; r++) {
-                _mm512_store_si512(table++, sign_sums(q + (m + r) * q_stride + 4 * t));
-            }
+    __m512i* table = prepared;
+    for (int64_t t = 0; t < n_tables; t++) {
+        for (int64_t r = 0; r < n_rows; r++) {
+            _mm512_store_si512(table++, sign_sums(q + r * q_stride + 4 * t));
         }
     }
 }
 
-/* n_strips strips (G at most 8) x n_rows rows; first: z is set, else added to. */
+/* G strips x R rows; first: z is set, else added to. */
 INLINE void
-lut_tile(const uint32_t *sign, int64_t strip_stride, int64_t n_lines, const __m512i *table,
-         int32_t *z, int64_t z_stride, int first, const int G, const int R)
+lut_tile(const uint32_t* sign, int64_t strip_stride, int64_t n_lines, const __m512i* table,
+         int32_t* z, int64_t z_stride, int first, const int G, const int R)
 {
     __m512i sum[16], word[8];
 #pragma GCC unroll 16
@@ -177,11 +174,15 @@ lut_tile(const uint32_t *sign, int64_t strip_stride, int64_t n_lines, const __m5
         sum[i] = _mm512_setzero_si512();
     }
     for (int64_t l = 0; l < n_lines; l++) {
+        /* Past the end of a strip, on to the same place G strips on. */
+        const int64_t ahead = l + PREFETCH_LINES < n_lines
+                                  ? 16 * PREFETCH_LINES
+                                  : G * strip_stride + 16 * (PREFETCH_LINES - n_lines);
 #pragma GCC unroll 8
         for (int g = 0; g < G; g++) {
-            const uint32_t *line = sign + g * strip_stride + l * 16;
+            const uint32_t* line = sign + g * strip_stride + l * 16;
             word[g] = _mm512_load_si512(line);
-            _mm_prefetch((const char *)(line + PREFETCH_WORDS), _MM_HINT_T0);
+            _mm_prefetch((const char*)(line + ahead), _MM_HINT_T0);
         }
         /* Not unrolled: the compiler would sum the look-ups of all steps first, and spill them. */
 #pragma GCC unroll 1
@@ -191,8 +192,8 @@ lut_tile(const uint32_t *sign, int64_t strip_stride, int64_t n_lines, const __m5
                 __m512i sums = _mm512_load_si512(table + r);
 #pragma GCC unroll 8
                 for (int g = 0; g < G; g++) {
-                    sum[g * R + r] = _mm512_add_epi32(sum[g * R + r],
-                                                      _mm512_permutexvar_epi32(word[g], sums));
+                    sum[g * R + r] =
+                        _mm512_add_epi32(sum[g * R + r], _mm512_permutexvar_epi32(word[g], sums));
                 }
             }
             table += R;
@@ -206,7 +207,7 @@ lut_tile(const uint32_t *sign, int64_t strip_stride, int64_t n_lines, const __m5
     for (int g = 0; g < G; g++) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-            int32_t *out = z + r * z_stride + 16 * g;
+            int32_t* out = z + r * z_stride + 16 * g;
             __m512i total = sum[g * R + r];
             if (!first) {
                 total = _mm512_add_epi32(total, _mm512_loadu_si512(out));
@@ -218,8 +219,8 @@ lut_tile(const uint32_t *sign, int64_t strip_stride, int64_t n_lines, const __m5
 
 /* All strips in tiles of G, then of 4, 2 and 1. */
 INLINE void
-lut_strips(const uint32_t *sign, int64_t strip_stride, int64_t n_strips, int64_t n_lines,
-           const __m512i *table, int32_t *z, int64_t z_stride, int first, const int G, const int R)
+lut_strips(const uint32_t* sign, int64_t strip_stride, int64_t n_strips, int64_t n_lines,
+           const __m512i* table, int32_t* z, int64_t z_stride, int first, const int G, const int R)
 {
     int64_t s = 0;
     for (; s + G <= n_strips; s += G) {
@@ -242,48 +243,90 @@ lut_strips(const uint32_t *sign, int64_t strip_stride, int64_t n_strips, int64_t
     }
 }
 
+/* n_rows <= LUT_ROWS rows with their tables of n_lines lines. */
+INLINE void
+lut_rows(const uint32_t* sign, int64_t strip_stride, int64_t n_strips, int64_t n_lines,
+         const __m512i* table, int64_t n_rows, int32_t* z, int64_t z_stride, int first)
+{
+    switch (n_rows) {
+        case 1:
+            lut_strips(sign, strip_stride, n_strips, n_lines, table, z, z_stride, first, 8, 1);
+            break;
+        case 2:
+            lut_strips(sign, strip_stride, n_strips, n_lines, table, z, z_stride, first, 8, 2);
+            break;
+        case 3:
+            lut_strips(sign, strip_stride, n_strips, n_lines, table, z, z_stride, first, 4, 3);
+            break;
+        default:
+            lut_strips(sign, strip_stride, n_strips, n_lines, table, z, z_stride, first, 4, 4);
+            break;
+    }
+}
+
+/* Few rows read the signs once and in order: their tables stay in the L2 cache. */
 static void
-lut_product(const uint32_t *sign, int64_t strip_stride, int64_t n_strips, int64_t n_lines,
-            const void *prepared, int64_t n_rows, int32_t *z, int64_t z_stride, void *scratch)
+lut_product(const uint32_t* sign, int64_t strip_stride, int64_t n_strips, int64_t n_lines,
+            const void* prepared, int64_t n_rows, int32_t* z, int64_t z_stride, void* scratch)
 {
     (void)scratch;
-    /* One block of rows reads the signs once and in order. More blocks go through the columns piece
-     * by piece, so that the tables of a piece stay in the L1 cache for all strips. */
-    const int64_t step = n_rows <= LUT_ROWS ? n_lines : LUT_BLOCK_LINES;
-    for (int64_t l = 0; l < n_lines; l += step) {
-        int64_t n = n_lines - l < step ? n_lines - l : step;
-        int first = l == 0;
-        const uint32_t *lines = sign + 16 * l;
+    lut_rows(sign, strip_stride, n_strips, n_lines, prepared, n_rows, z, z_stride, 1);
+}
+
+/* ---- products by look-up, many rows -----------------------------------------------------------
+ *
+ * prepared: q, contiguous. The tables of a piece of the columns are made when they are used, for
+ * LUT_ROWS rows at a time, and stay in a near cache for all strips of the call. */
+
+static int64_t
+many_prepared_bytes(int64_t n_lines, int64_t n_rows)
+{
+    return n_rows * n_lines * 64;
+}
+
+static int64_t
+many_scratch_bytes(int64_t n_strips, int64_t n_lines, int64_t n_rows)
+{
+    (void)n_strips;
+    (void)n_lines;
+    (void)n_rows;
+    return (int64_t)LUT_ROWS * LUT_BLOCK_LINES * LUT_LINE_TABLES * 64;
+}
+
+static void
+many_prepare(const int16_t* q, int64_t q_stride, int64_t n_lines, int64_t n_rows, void* prepared)
+{
+    int16_t* out = prepared;
+    for (int64_t m = 0; m < n_rows; m++, q += q_stride, out += 32 * n_lines) {
+        memcpy(out, q, (size_t)n_lines * 64);
+    }
+}
+
+static void
+many_product(const uint32_t* sign, int64_t strip_stride, int64_t n_strips, int64_t n_lines,
+             const void* prepared, int64_t n_rows, int32_t* z, int64_t z_stride, void* scratch)
+{
+    const int64_t q_stride = 32 * n_lines;
+    for (int64_t l = 0; l < n_lines; l += LUT_BLOCK_LINES) {
+        int64_t n = n_lines - l < LUT_BLOCK_LINES ? n_lines - l : LUT_BLOCK_LINES;
         for (int64_t m = 0; m < n_rows; m += LUT_ROWS) {
             int64_t n_block = n_rows - m < LUT_ROWS ? n_rows - m : LUT_ROWS;
-            const __m512i *table =
-                (const __m512i *)prepared + (m * n_lines + l * n_block) * LUT_LINE_TABLES;
-            int32_t *out = z + m * z_stride;
-            switch (n_block) {
-                case 1:
-                    lut_strips(lines, strip_stride, n_strips, n, table, out, z_stride, first, 8, 1);
-                    break;
-                case 2:
-                    lut_strips(lines, strip_stride, n_strips, n, table, out, z_stride, first, 8, 2);
-                    break;
-                case 3:
-                    lut_strips(lines, strip_stride, n_strips, n, table, out, z_stride, first, 4, 3);
-                    break;
-                default:
-                    lut_strips(lines, strip_stride, n_strips, n, table, out, z_stride, first, 4, 4);
-                    break;
-            }
+            const int16_t* q = (const int16_t*)prepared + m * q_stride + 32 * l;
+            lut_prepare(q, q_stride, n, n_block, scratch);
+            lut_rows(sign + 16 * l, strip_stride, n_strips, n, scratch, n_block, z + m * z_stride,
+                     z_stride, l == 0);
         }
     }
 }
 
-/* ---- base products of few rows ---------------------------------------------------------------- */
+/* ---- base products of few rows ----------------------------------------------------------------
+ */
 
-/* n_weights x n_rows sums. Every sum has its own 16 lanes, k ascending by 16, and one fold, whatever
- * the tile, so a row's bits do not depend on the rows beside it. */
+/* n_weights x n_rows sums. Every sum has its own 16 lanes, k ascending by 16, and one fold,
+ * whatever the tile, so a row's bits do not depend on the rows beside it. */
 INLINE void
-stream_tile(const float *x, int64_t x_stride, const void *weight, bd_dtype dtype,
-            int64_t weight_stride, int64_t K, float *out, int64_t out_stride, const int W,
+stream_tile(const float* x, int64_t x_stride, const void* weight, bd_dtype dtype,
+            int64_t weight_stride, int64_t K, float* out, int64_t out_stride, const int W,
             const int R)
 {
     __m512 sum[24], w[4];
@@ -331,41 +374,47 @@ stream_tile(const float *x, int64_t x_stride, const void *weight, bd_dtype dtype
 }
 
 INLINE void
-stream_weights(const float *x, int64_t x_stride, int64_t M, const void *weight, bd_dtype dtype,
-               int64_t weight_stride, int64_t K, float *out, int64_t out_stride, const int W)
+stream_weights(const float* x, int64_t x_stride, int64_t M, const void* weight, bd_dtype dtype,
+               int64_t weight_stride, int64_t K, float* out, int64_t out_stride, const int W)
 {
     for (int64_t m = 0; m < M; m += 6) {
-        const float *rows = x + m * x_stride;
-        float *sums = out + m * out_stride;
+        const float* rows = x + m * x_stride;
+        float* sums = out + m * out_stride;
         switch (M - m) {
             case 1:
-                stream_tile(rows, x_stride, weight, dtype, weight_stride, K, sums, out_stride, W, 1);
+                stream_tile(rows, x_stride, weight, dtype, weight_stride, K, sums, out_stride, W,
+                            1);
                 break;
             case 2:
-                stream_tile(rows, x_stride, weight, dtype, weight_stride, K, sums, out_stride, W, 2);
+                stream_tile(rows, x_stride, weight, dtype, weight_stride, K, sums, out_stride, W,
+                            2);
                 break;
             case 3:
-                stream_tile(rows, x_stride, weight, dtype, weight_stride, K, sums, out_stride, W, 3);
+                stream_tile(rows, x_stride, weight, dtype, weight_stride, K, sums, out_stride, W,
+                            3);
                 break;
             case 4:
-                stream_tile(rows, x_stride, weight, dtype, weight_stride, K, sums, out_stride, W, 4);
+                stream_tile(rows, x_stride, weight, dtype, weight_stride, K, sums, out_stride, W,
+                            4);
                 break;
             case 5:
-                stream_tile(rows, x_stride, weight, dtype, weight_stride, K, sums, out_stride, W, 5);
+                stream_tile(rows, x_stride, weight, dtype, weight_stride, K, sums, out_stride, W,
+                            5);
                 break;
             default:
-                stream_tile(rows, x_stride, weight, dtype, weight_stride, K, sums, out_stride, W, 6);
+                stream_tile(rows, x_stride, weight, dtype, weight_stride, K, sums, out_stride, W,
+                            6);
                 break;
         }
     }
 }
 
 INLINE void
-stream_typed(const float *x, int64_t x_stride, int64_t M, const void *weight, bd_dtype dtype,
-             int64_t weight_stride, int64_t n_rows, int64_t K, float *out, int64_t out_stride)
+stream_typed(const float* x, int64_t x_stride, int64_t M, const void* weight, bd_dtype dtype,
+             int64_t weight_stride, int64_t n_rows, int64_t K, float* out, int64_t out_stride)
 {
     const int64_t row_bytes = weight_stride * (dtype == BD_F32 ? 4 : 2);
-    const char *row = weight;
+    const char* row = weight;
     int64_t n = 0;
     for (; n + 4 <= n_rows; n += 4, row += 4 * row_bytes) {
         stream_weights(x, x_stride, M, row, dtype, weight_stride, K, out + n, out_stride, 4);
@@ -376,8 +425,8 @@ stream_typed(const float *x, int64_t x_stride, int64_t M, const void *weight, bd
 }
 
 static void
-stream_rows(const float *x, int64_t x_stride, int64_t M, const void *weight, bd_dtype dtype,
-            int64_t weight_stride, int64_t n_rows, int64_t K, float *out, int64_t out_stride)
+stream_rows(const float* x, int64_t x_stride, int64_t M, const void* weight, bd_dtype dtype,
+            int64_t weight_stride, int64_t n_rows, int64_t K, float* out, int64_t out_stride)
 {
     switch (dtype) {
         case BD_F32:
@@ -393,11 +442,12 @@ stream_rows(const float *x, int64_t x_stride, int64_t M, const void *weight, bd_
     }
 }
 
-/* ---- transposed ------------------------------------------------------------------------------- */
+/* ---- transposed -------------------------------------------------------------------------------
+ */
 
 /* sum of +-q = 2 * (sum of q under the bits) - (sum of q); a word is two masks of 16 columns. */
 static void
-transposed_strip(const uint32_t *sign, int64_t n_lines, const int16_t *q, int32_t *z)
+transposed_strip(const uint32_t* sign, int64_t n_lines, const int16_t* q, int32_t* z)
 {
     __m512i twice[16];
     int32_t total = 0;
@@ -426,16 +476,26 @@ transposed_strip(const uint32_t *sign, int64_t n_lines, const int16_t *q, int32_
 #endif
 
 void
-bd_fill_avx512_linear(bd_kernels *table, int has_vnni)
+bd_fill_avx512_linear(bd_kernels* table, int has_vnni)
 {
-    static const bd_product lut = {
+    static const bd_product few = {
         .name = "lut",
-        .max_rows = INT64_MAX,
+        .max_rows = LUT_ROWS,
         .prepared_bytes = lut_prepared_bytes,
         .scratch_bytes = lut_scratch_bytes,
         .prepare = lut_prepare,
         .product = lut_product,
     };
+    static const bd_product many = {
+        .name = "lut-blocks",
+        .max_rows = INT64_MAX,
+        .prepared_bytes = many_prepared_bytes,
+        .scratch_bytes = many_scratch_bytes,
+        .prepare = many_prepare,
+        .product = many_product,
+    };
+    /* 64 products a look-up, 32 a vpdpwssd or a pair of vpdpbusd: VNNI has nothing to add. */
+    (void)has_vnni;
     table->isa = "avx512";
     table->quantize = quantize;
     table->stream_rows = stream_rows;
@@ -443,11 +503,8 @@ bd_fill_avx512_linear(bd_kernels *table, int has_vnni)
     for (int i = 0; i < BD_MAX_PRODUCTS; i++) {
         table->products[i] = (bd_product){0};
     }
-    table->products[0] = lut;
-    if (has_vnni) {
-        table->products[0].max_rows = BD_AVX512_LUT_ROWS;
-        table->products[1] = bd_avx512_vnni_product;
-    }
+    table->products[0] = few;
+    table->products[1] = many;
 }
 
 #endif /* __x86_64__ */
