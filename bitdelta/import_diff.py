@@ -14,6 +14,7 @@ Source: FasterDecoding/BitDelta, bitdelta/diff.py and bitdelta/binary_gemm_kerne
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,29 @@ def import_diff(
         "lowrank": len(lowrank),
         "same": len(set(base) - set(masks) - set(lowrank) - set(whole)),
     }
-    _write(base, tensors, masks, lowrank, whole, Path(out_dir), Path(diff_pt))
+    _write(base, contents(base, tensors, masks, lowrank, whole), _config(base, tensors), Path(out_dir))
     return report
+
+
+def contents(
+    base: Checkpoint,
+    tensors: dict[str, Tensor],
+    masks: dict[str, str],
+    lowrank: dict[str, str],
+    whole: list[str],
+) -> Iterator[tuple[str, Delta | np.ndarray | None]]:
+    """What becomes of every tensor of the base, in order: a Delta, a whole tensor, or None (the same)."""
+    kept = set(whole)
+    for name in base:
+        if name in masks:
+            module = masks[name]
+            yield name, delta(tensors[module + ".mask"], tensors[module + ".coeff"])
+        elif name in lowrank:
+            yield name, _lowrank(tensors, lowrank[name], base[name])
+        elif name in kept:
+            yield name, tensors[name].array()
+        else:
+            yield name, None
 
 
 def strips(mask: np.ndarray) -> np.ndarray:
@@ -176,6 +198,28 @@ def _is_vocabulary(name: str) -> bool:
     return name.endswith(
         ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "embed_out.weight")
     )
+
+
+def _config(base: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The fine-tune's config: the base's, with the vocabulary that the embeddings or the head have now."""
+    rows = {tensor.shape[0] for name, tensor in tensors.items() if name in base and _is_vocabulary(name)}
+    if len(rows) > 1:
+        raise FormatError(f"the embeddings and the head have different vocabularies: {sorted(rows)}")
+    return {**base.config, "vocab_size": rows.pop()} if rows else dict(base.config)
+
+
+def _write(
+    base: Checkpoint,
+    items: Iterator[tuple[str, Delta | np.ndarray | None]],
+    config: dict[str, Any],
+    out_dir: Path,
+) -> None:
+    """Hands the tensors to the writer one by one; the folder appears as a whole, at the end."""
+    from .packfile_writer import PackfileWriter
+
+    with PackfileWriter(out_dir, base, config=config) as writer:
+        for name, value in items:
+            writer.add(name, value)
 
 
 def _lowrank(tensors: dict[str, Tensor], module: str, weight: Tensor) -> np.ndarray:

@@ -70,6 +70,23 @@ def convert(tmp_path, base, items):
     return import_diff(tmp_path / "diff.pt", base[0], tmp_path / "delta")
 
 
+def test_every_tensor_of_the_base_is_accounted_for_in_its_order(tmp_path, base, diff, monkeypatch):
+    from bitdelta import import_diff
+
+    seen = {}
+    monkeypatch.setattr(import_diff, "_write", lambda base, items, config, out: seen.update(items))
+    a, b = torch.randn(N, 2), torch.randn(2, K)
+    module = "model.layers.0.mlp.down_proj"  # weight [K, N]: A [N, r], B [r, K]
+    convert(tmp_path, base, {**diff[1], module + ".A": a, module + ".B": b})
+    assert set(seen) == set(base[1])
+    packed = seen["model.layers.0.mlp.up_proj.weight"]
+    assert packed.shape == (N, K) and packed.scale.shape == (1, N) and (packed.scale == 0.03125).all()
+    expected = base[1][module + ".weight"].float() + (a @ b).T
+    np.testing.assert_allclose(to_float32(seen[module + ".weight"]), expected.numpy(), rtol=2**-7, atol=1e-6)
+    np.testing.assert_array_equal(to_float32(seen["model.norm.weight"]), 1.5)
+    assert seen["lm_head.weight"] is None
+
+
 def test_a_mask_becomes_the_same_weight(tmp_path, base, diff):
     from bitdelta.packfile import load
 
