@@ -39,25 +39,12 @@ tail_mask(int64_t n_left)
 /* ---- fp32 values of any dtype ---------------------------------------------------------------- */
 
 INLINE __m512
-load_masked(const void* data, bd_dtype dtype, int64_t index, __mmask16 mask)
+load_masked(const void *data, bd_dtype dtype, int64_t index, __mmask16 mask)
 {
     if (dtype == BD_F32) {
-        return _mm512_maskz_loadu_ps(mask, (const float*)data + index);
+        return _mm512_maskz_loadu_ps(mask, (const float *)data + index);
     }
-    __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t*)data + index);
-    if (dtype == BD_F16) {
-        return _mm512_cvtph_ps(half);
-    }
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-INLINE __m512
-load_full(const void* data, bd_dtype dtype, int64_t index)
-{
-    if (dtype == BD_F32) {
-        return _mm512_loadu_ps((const float*)data + index);
-    }
-    __m256i half = _mm256_loadu_si256((const void*)((const uint16_t*)data + index));
+    __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)data + index);
     if (dtype == BD_F16) {
         return _mm512_cvtph_ps(half);
     }
@@ -67,15 +54,15 @@ load_full(const void* data, bd_dtype dtype, int64_t index)
 /* ---- quantize -------------------------------------------------------------------------------- */
 
 INLINE __m512
-load_scaled(const void* x, bd_dtype dtype, const float* column, int64_t k, __mmask16 mask)
+load_scaled(const void *x, bd_dtype dtype, const float *column, int64_t k, __mmask16 mask)
 {
     __m512 u = load_masked(x, dtype, k, mask);
     return column == NULL ? u : _mm512_mul_ps(u, _mm512_maskz_loadu_ps(mask, column + k));
 }
 
 INLINE int
-quantize_typed(const void* x, bd_dtype dtype, const float* column, int64_t K, int64_t K_padded,
-               int16_t* q, int* exponent)
+quantize_typed(const void *x, bd_dtype dtype, const float *column, int64_t K, int64_t K_padded,
+               int16_t *q, int *exponent)
 {
     /* Without their signs, fp32 numbers are ordered like their bits. */
     const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
@@ -98,14 +85,14 @@ quantize_typed(const void* x, bd_dtype dtype, const float* column, int64_t K, in
         __m512 u = load_scaled(x, dtype, column, k, tail_mask(K - k));
         __m512i rounded = _mm512_cvt_roundps_epi32(_mm512_mul_ps(u, factor),
                                                    _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        _mm256_storeu_si256((void*)(q + k), _mm512_cvtsepi32_epi16(rounded));
+        _mm256_storeu_si256((void *)(q + k), _mm512_cvtsepi32_epi16(rounded));
     }
     return 0;
 }
 
 static int
-quantize(const void* x, bd_dtype dtype, const float* column, int64_t K, int64_t K_padded,
-         int16_t* q, int* exponent)
+quantize(const void *x, bd_dtype dtype, const float *column, int64_t K, int64_t K_padded,
+         int16_t *q, int *exponent)
 {
     switch (dtype) {
         case BD_F32:
@@ -139,7 +126,7 @@ lut_scratch_bytes(int64_t n_strips, int64_t n_lines, int64_t n_rows)
 
 /* Entry i: the sum of q[b], negated where bit b of i is 0. */
 INLINE __m512i
-sign_sums(const int16_t* q)
+sign_sums(const int16_t *q)
 {
     const __m512i zero = _mm512_setzero_si512();
     __m512i a = _mm512_set1_epi32(q[0]), b = _mm512_set1_epi32(q[1]);
@@ -152,10 +139,10 @@ sign_sums(const int16_t* q)
 }
 
 static void
-lut_prepare(const int16_t* q, int64_t q_stride, int64_t n_lines, int64_t n_rows, void* prepared)
+lut_prepare(const int16_t *q, int64_t q_stride, int64_t n_lines, int64_t n_rows, void *prepared)
 {
     const int64_t n_tables = n_lines * LUT_LINE_TABLES;
-    __m512i* table = prepared;
+    __m512i *table = prepared;
     for (int64_t t = 0; t < n_tables; t++) {
         for (int64_t r = 0; r < n_rows; r++) {
             _mm512_store_si512(table++, sign_sums(q + r * q_stride + 4 * t));
@@ -165,8 +152,8 @@ lut_prepare(const int16_t* q, int64_t q_stride, int64_t n_lines, int64_t n_rows,
 
 /* G strips x R rows; first: z is set, else added to. */
 INLINE void
-lut_tile(const uint32_t* sign, int64_t strip_stride, int64_t n_lines, const __m512i* table,
-         int32_t* z, int64_t z_stride, int first, const int G, const int R)
+lut_tile(const uint32_t *sign, int64_t strip_stride, int64_t n_lines, const __m512i *table,
+         int32_t *z, int64_t z_stride, int first, const int G, const int R)
 {
     __m512i sum[16], word[8];
 #pragma GCC unroll 16
@@ -180,9 +167,9 @@ lut_tile(const uint32_t* sign, int64_t strip_stride, int64_t n_lines, const __m5
                                   : G * strip_stride + 16 * (PREFETCH_LINES - n_lines);
 #pragma GCC unroll 8
         for (int g = 0; g < G; g++) {
-            const uint32_t* line = sign + g * strip_stride + l * 16;
+            const uint32_t *line = sign + g * strip_stride + l * 16;
             word[g] = _mm512_load_si512(line);
-            _mm_prefetch((const char*)(line + ahead), _MM_HINT_T0);
+            _mm_prefetch((const char *)(line + ahead), _MM_HINT_T0);
         }
         /* Not unrolled: the compiler would sum the look-ups of all steps first, and spill them. */
 #pragma GCC unroll 1
@@ -207,7 +194,7 @@ lut_tile(const uint32_t* sign, int64_t strip_stride, int64_t n_lines, const __m5
     for (int g = 0; g < G; g++) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-            int32_t* out = z + r * z_stride + 16 * g;
+            int32_t *out = z + r * z_stride + 16 * g;
             __m512i total = sum[g * R + r];
             if (!first) {
                 total = _mm512_add_epi32(total, _mm512_loadu_si512(out));
@@ -219,8 +206,8 @@ lut_tile(const uint32_t* sign, int64_t strip_stride, int64_t n_lines, const __m5
 
 /* All strips in tiles of G, then of 4, 2 and 1. */
 INLINE void
-lut_strips(const uint32_t* sign, int64_t strip_stride, int64_t n_strips, int64_t n_lines,
-           const __m512i* table, int32_t* z, int64_t z_stride, int first, const int G, const int R)
+lut_strips(const uint32_t *sign, int64_t strip_stride, int64_t n_strips, int64_t n_lines,
+           const __m512i *table, int32_t *z, int64_t z_stride, int first, const int G, const int R)
 {
     int64_t s = 0;
     for (; s + G <= n_strips; s += G) {
@@ -245,8 +232,8 @@ lut_strips(const uint32_t* sign, int64_t strip_stride, int64_t n_strips, int64_t
 
 /* n_rows <= LUT_ROWS rows with their tables of n_lines lines. */
 INLINE void
-lut_rows(const uint32_t* sign, int64_t strip_stride, int64_t n_strips, int64_t n_lines,
-         const __m512i* table, int64_t n_rows, int32_t* z, int64_t z_stride, int first)
+lut_rows(const uint32_t *sign, int64_t strip_stride, int64_t n_strips, int64_t n_lines,
+         const __m512i *table, int64_t n_rows, int32_t *z, int64_t z_stride, int first)
 {
     switch (n_rows) {
         case 1:
@@ -266,8 +253,8 @@ lut_rows(const uint32_t* sign, int64_t strip_stride, int64_t n_strips, int64_t n
 
 /* Few rows read the signs once and in order: their tables stay in the L2 cache. */
 static void
-lut_product(const uint32_t* sign, int64_t strip_stride, int64_t n_strips, int64_t n_lines,
-            const void* prepared, int64_t n_rows, int32_t* z, int64_t z_stride, void* scratch)
+lut_product(const uint32_t *sign, int64_t strip_stride, int64_t n_strips, int64_t n_lines,
+            const void *prepared, int64_t n_rows, int32_t *z, int64_t z_stride, void *scratch)
 {
     (void)scratch;
     lut_rows(sign, strip_stride, n_strips, n_lines, prepared, n_rows, z, z_stride, 1);
@@ -294,24 +281,24 @@ many_scratch_bytes(int64_t n_strips, int64_t n_lines, int64_t n_rows)
 }
 
 static void
-many_prepare(const int16_t* q, int64_t q_stride, int64_t n_lines, int64_t n_rows, void* prepared)
+many_prepare(const int16_t *q, int64_t q_stride, int64_t n_lines, int64_t n_rows, void *prepared)
 {
-    int16_t* out = prepared;
+    int16_t *out = prepared;
     for (int64_t m = 0; m < n_rows; m++, q += q_stride, out += 32 * n_lines) {
         memcpy(out, q, (size_t)n_lines * 64);
     }
 }
 
 static void
-many_product(const uint32_t* sign, int64_t strip_stride, int64_t n_strips, int64_t n_lines,
-             const void* prepared, int64_t n_rows, int32_t* z, int64_t z_stride, void* scratch)
+many_product(const uint32_t *sign, int64_t strip_stride, int64_t n_strips, int64_t n_lines,
+             const void *prepared, int64_t n_rows, int32_t *z, int64_t z_stride, void *scratch)
 {
     const int64_t q_stride = 32 * n_lines;
     for (int64_t l = 0; l < n_lines; l += LUT_BLOCK_LINES) {
         int64_t n = n_lines - l < LUT_BLOCK_LINES ? n_lines - l : LUT_BLOCK_LINES;
         for (int64_t m = 0; m < n_rows; m += LUT_ROWS) {
             int64_t n_block = n_rows - m < LUT_ROWS ? n_rows - m : LUT_ROWS;
-            const int16_t* q = (const int16_t*)prepared + m * q_stride + 32 * l;
+            const int16_t *q = (const int16_t *)prepared + m * q_stride + 32 * l;
             lut_prepare(q, q_stride, n, n_block, scratch);
             lut_rows(sign + 16 * l, strip_stride, n_strips, n, scratch, n_block, z + m * z_stride,
                      z_stride, l == 0);
@@ -325,8 +312,8 @@ many_product(const uint32_t* sign, int64_t strip_stride, int64_t n_strips, int64
 /* n_weights x n_rows sums. Every sum has its own 16 lanes, k ascending by 16, and one fold,
  * whatever the tile, so a row's bits do not depend on the rows beside it. */
 INLINE void
-stream_tile(const float* x, int64_t x_stride, const void* weight, bd_dtype dtype,
-            int64_t weight_stride, int64_t K, float* out, int64_t out_stride, const int W,
+stream_tile(const float *x, int64_t x_stride, const void *weight, bd_dtype dtype,
+            int64_t weight_stride, int64_t K, float *out, int64_t out_stride, const int W,
             const int R)
 {
     __m512 sum[24], w[4];
@@ -338,7 +325,7 @@ stream_tile(const float* x, int64_t x_stride, const void* weight, bd_dtype dtype
     for (; k + 16 <= K; k += 16) {
 #pragma GCC unroll 4
         for (int n = 0; n < W; n++) {
-            w[n] = load_full(weight, dtype, n * weight_stride + k);
+            w[n] = load_masked(weight, dtype, n * weight_stride + k, 0xFFFF);
         }
 #pragma GCC unroll 6
         for (int m = 0; m < R; m++) {
@@ -374,12 +361,12 @@ stream_tile(const float* x, int64_t x_stride, const void* weight, bd_dtype dtype
 }
 
 INLINE void
-stream_weights(const float* x, int64_t x_stride, int64_t M, const void* weight, bd_dtype dtype,
-               int64_t weight_stride, int64_t K, float* out, int64_t out_stride, const int W)
+stream_weights(const float *x, int64_t x_stride, int64_t M, const void *weight, bd_dtype dtype,
+               int64_t weight_stride, int64_t K, float *out, int64_t out_stride, const int W)
 {
     for (int64_t m = 0; m < M; m += 6) {
-        const float* rows = x + m * x_stride;
-        float* sums = out + m * out_stride;
+        const float *rows = x + m * x_stride;
+        float *sums = out + m * out_stride;
         switch (M - m) {
             case 1:
                 stream_tile(rows, x_stride, weight, dtype, weight_stride, K, sums, out_stride, W,
@@ -410,11 +397,11 @@ stream_weights(const float* x, int64_t x_stride, int64_t M, const void* weight, 
 }
 
 INLINE void
-stream_typed(const float* x, int64_t x_stride, int64_t M, const void* weight, bd_dtype dtype,
-             int64_t weight_stride, int64_t n_rows, int64_t K, float* out, int64_t out_stride)
+stream_typed(const float *x, int64_t x_stride, int64_t M, const void *weight, bd_dtype dtype,
+             int64_t weight_stride, int64_t n_rows, int64_t K, float *out, int64_t out_stride)
 {
     const int64_t row_bytes = weight_stride * (dtype == BD_F32 ? 4 : 2);
-    const char* row = weight;
+    const char *row = weight;
     int64_t n = 0;
     for (; n + 4 <= n_rows; n += 4, row += 4 * row_bytes) {
         stream_weights(x, x_stride, M, row, dtype, weight_stride, K, out + n, out_stride, 4);
@@ -425,8 +412,8 @@ stream_typed(const float* x, int64_t x_stride, int64_t M, const void* weight, bd
 }
 
 static void
-stream_rows(const float* x, int64_t x_stride, int64_t M, const void* weight, bd_dtype dtype,
-            int64_t weight_stride, int64_t n_rows, int64_t K, float* out, int64_t out_stride)
+stream_rows(const float *x, int64_t x_stride, int64_t M, const void *weight, bd_dtype dtype,
+            int64_t weight_stride, int64_t n_rows, int64_t K, float *out, int64_t out_stride)
 {
     switch (dtype) {
         case BD_F32:
@@ -447,7 +434,7 @@ stream_rows(const float* x, int64_t x_stride, int64_t M, const void* weight, bd_
 
 /* sum of +-q = 2 * (sum of q under the bits) - (sum of q); a word is two masks of 16 columns. */
 static void
-transposed_strip(const uint32_t* sign, int64_t n_lines, const int16_t* q, int32_t* z)
+transposed_strip(const uint32_t *sign, int64_t n_lines, const int16_t *q, int32_t *z)
 {
     __m512i twice[16];
     int32_t total = 0;
@@ -476,7 +463,7 @@ transposed_strip(const uint32_t* sign, int64_t n_lines, const int16_t* q, int32_
 #endif
 
 void
-bd_fill_avx512_linear(bd_kernels* table, int has_vnni)
+bd_fill_avx512_linear(bd_kernels *table, int has_vnni)
 {
     static const bd_product few = {
         .name = "lut",
