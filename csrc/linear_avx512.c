@@ -94,14 +94,11 @@ static int
 quantize(const void *x, bd_dtype dtype, const float *column, int64_t K, int64_t K_padded,
          int16_t *q, int *exponent)
 {
-    switch (dtype) {
-        case BD_F32:
-            return quantize_typed(x, BD_F32, column, K, K_padded, q, exponent);
-        case BD_F16:
-            return quantize_typed(x, BD_F16, column, K, K_padded, q, exponent);
-        default:
-            return quantize_typed(x, BD_BF16, column, K, K_padded, q, exponent);
+    if (dtype == BD_F32) {
+        return quantize_typed(x, BD_F32, column, K, K_padded, q, exponent);
     }
+    return dtype == BD_F16 ? quantize_typed(x, BD_F16, column, K, K_padded, q, exponent)
+                           : quantize_typed(x, BD_BF16, column, K, K_padded, q, exponent);
 }
 
 /* ---- products by look-up ----------------------------------------------------------------------
@@ -316,21 +313,28 @@ stream_tile(const float *x, int64_t x_stride, const void *weight, bd_dtype dtype
             int64_t weight_stride, int64_t K, float *out, int64_t out_stride, const int W,
             const int R)
 {
-    __m512 sum[24], w[4];
+    __m512 sum[24], w[8];
 #pragma GCC unroll 24
     for (int i = 0; i < W * R; i++) {
         sum[i] = _mm512_setzero_ps();
     }
+    /* Into the L2 cache in memory order: the next W weights, as this tile reads its own. */
+    const int64_t bytes = dtype == BD_F32 ? 4 : 2;
+    const char *ahead = (const char *)weight + W * weight_stride * bytes;
     int64_t k = 0;
     for (; k + 16 <= K; k += 16) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
+        for (int64_t b = 0; b < 16 * W * bytes; b += 64) {
+            _mm_prefetch(ahead + k * W * bytes + b, _MM_HINT_T1);
+        }
+#pragma GCC unroll 8
         for (int n = 0; n < W; n++) {
             w[n] = load_masked(weight, dtype, n * weight_stride + k, 0xFFFF);
         }
 #pragma GCC unroll 6
         for (int m = 0; m < R; m++) {
             __m512 u = _mm512_loadu_ps(x + m * x_stride + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int n = 0; n < W; n++) {
                 sum[m * W + n] = _mm512_fmadd_ps(u, w[n], sum[m * W + n]);
             }
@@ -338,14 +342,14 @@ stream_tile(const float *x, int64_t x_stride, const void *weight, bd_dtype dtype
     }
     if (k < K) {
         const __mmask16 mask = tail_mask(K - k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int n = 0; n < W; n++) {
             w[n] = load_masked(weight, dtype, n * weight_stride + k, mask);
         }
 #pragma GCC unroll 6
         for (int m = 0; m < R; m++) {
             __m512 u = _mm512_maskz_loadu_ps(mask, x + m * x_stride + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int n = 0; n < W; n++) {
                 sum[m * W + n] = _mm512_fmadd_ps(u, w[n], sum[m * W + n]);
             }
@@ -353,7 +357,7 @@ stream_tile(const float *x, int64_t x_stride, const void *weight, bd_dtype dtype
     }
 #pragma GCC unroll 6
     for (int m = 0; m < R; m++) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int n = 0; n < W; n++) {
             out[m * out_stride + n] = _mm512_reduce_add_ps(sum[m * W + n]);
         }
@@ -403,6 +407,9 @@ stream_typed(const float *x, int64_t x_stride, int64_t M, const void *weight, bd
     const int64_t row_bytes = weight_stride * (dtype == BD_F32 ? 4 : 2);
     const char *row = weight;
     int64_t n = 0;
+    for (; M == 1 && n + 8 <= n_rows; n += 8, row += 8 * row_bytes) {
+        stream_tile(x, x_stride, row, dtype, weight_stride, K, out + n, out_stride, 8, 1);
+    }
     for (; n + 4 <= n_rows; n += 4, row += 4 * row_bytes) {
         stream_weights(x, x_stride, M, row, dtype, weight_stride, K, out + n, out_stride, 4);
     }
@@ -487,11 +494,9 @@ bd_fill_avx512_linear(bd_kernels *table, int has_vnni)
     table->quantize = quantize;
     table->stream_rows = stream_rows;
     table->transposed_strip = transposed_strip;
-    for (int i = 0; i < BD_MAX_PRODUCTS; i++) {
-        table->products[i] = (bd_product){0};
-    }
     table->products[0] = few;
     table->products[1] = many;
+    table->products[2] = (bd_product){0};
 }
 
 #endif /* __x86_64__ */
