@@ -115,9 +115,7 @@ lut_prepared_bytes(int64_t n_lines, int64_t n_rows)
 static int64_t
 lut_scratch_bytes(int64_t n_strips, int64_t n_lines, int64_t n_rows)
 {
-    (void)n_strips;
-    (void)n_lines;
-    (void)n_rows;
+    (void)n_strips, (void)n_lines, (void)n_rows;
     return 0;
 }
 
@@ -271,9 +269,7 @@ many_prepared_bytes(int64_t n_lines, int64_t n_rows)
 static int64_t
 many_scratch_bytes(int64_t n_strips, int64_t n_lines, int64_t n_rows)
 {
-    (void)n_strips;
-    (void)n_lines;
-    (void)n_rows;
+    (void)n_strips, (void)n_lines, (void)n_rows;
     return (int64_t)LUT_ROWS * LUT_BLOCK_LINES * LUT_LINE_TABLES * 64;
 }
 
