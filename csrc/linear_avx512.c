@@ -26,7 +26,7 @@ enum {
     LUT_ROWS = 4,         /* rows that share the shifted lines */
     LUT_BLOCK_LINES = 32, /* lines whose tables of LUT_ROWS rows take 64 KB */
     LUT_LINE_TABLES = 8,  /* tables of a line: one for every four columns */
-    PREFETCH_LINES = 32   /* 2 KB ahead in every strip */
+    PREFETCH_LINES = 96   /* 6 KB ahead in every strip */
 };
 
 INLINE __mmask16
@@ -164,7 +164,7 @@ lut_tile(const uint32_t *sign, int64_t strip_stride, int64_t n_lines, const __m5
         for (int g = 0; g < G; g++) {
             const uint32_t *line = sign + g * strip_stride + l * 16;
             word[g] = _mm512_load_si512(line);
-            _mm_prefetch((const char *)(line + ahead), _MM_HINT_T0);
+            _mm_prefetch((const char *)(line + ahead), _MM_HINT_T1);
         }
         /* Not unrolled: the compiler would sum the look-ups of all steps first, and spill them. */
 #pragma GCC unroll 1
