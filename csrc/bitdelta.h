@@ -85,43 +85,51 @@ typedef struct {
     const bd_kernels *kernels;
 } bd_context;
 
-static inline int64_t bd_n_strips(int64_t N) {
+static inline int64_t
+bd_n_strips(int64_t N)
+{
     return (N + BD_STRIP_ROWS - 1) / BD_STRIP_ROWS;
 }
-static inline int64_t bd_n_lines(int64_t K) {
+static inline int64_t
+bd_n_lines(int64_t K)
+{
     return (K + BD_PAD_COLUMNS - 1) / BD_PAD_COLUMNS * (BD_PAD_COLUMNS / BD_WORD_BITS);
 }
 /* Words of one plane. */
-static inline int64_t bd_plane_words(int64_t N, int64_t K) {
+static inline int64_t
+bd_plane_words(int64_t N, int64_t K)
+{
     return bd_n_strips(N) * bd_n_lines(K) * BD_STRIP_ROWS;
 }
 
 /* delta.c: extraction and expansion. */
 
-/* d = fp32(finetuned) - fp32(base) -> P planes. Plane p+1 takes r = fp32(r - s * fp32(row * column)).
- * sign [P, S, L, 16] is written whole; scale is [P] for BD_SCALE_TENSOR, else [P, N]; column [P, K]
- * for BD_SCALE_RANK1, else NULL. base and finetuned: [N, K], dtypes may differ.
+/* d = fp32(finetuned) - fp32(base) -> P planes. Plane p+1 takes r = fp32(r - s * scale), the scale
+ * being fp32(row * column) for BD_SCALE_RANK1. sign [P, S, L, 16] is written whole; scale is [P] for
+ * BD_SCALE_TENSOR, else [P, N]; column [P, K] for BD_SCALE_RANK1, else NULL. base and finetuned:
+ * [N, K], dtypes may differ. base_crc32c: NULL, or set to the CRC-32C of base's N * K elements.
  * BD_ERR_NONFINITE: *bad is the first in row-major order; outputs are then undefined. */
-bd_status bd_extract(const bd_context *ctx, const bd_matrix *base, const bd_matrix *finetuned, int P,
-                     bd_scale_form form, uint32_t *sign, float *scale, float *column,
-                     bd_position *bad);
+bd_status bd_extract(const bd_context *ctx, const bd_matrix *base, const bd_matrix *finetuned,
+                     int P, bd_scale_form form, uint32_t *sign, float *scale, float *column,
+                     uint32_t *base_crc32c, bd_position *bad);
 
-/* out = round(fp32(base) + t), t = the planes' fp32(row * column) * s summed in order in fp32.
- * out may be base itself (same data, dtype and stride), else it must not overlap. */
+/* Rows row_begin .. row_end - 1 of round(fp32(base) + t), t = the planes' fp32(row * column) * s
+ * summed in order in fp32. base: [N, K], or NULL for zeros; out: [row_end - row_begin, K]. out may be
+ * base itself (same data, dtype and stride, all rows), else it must not overlap. */
 bd_status bd_expand(const bd_context *ctx, const bd_matrix *base, const bd_delta *delta,
-                    const bd_matrix *out);
+                    int64_t row_begin, int64_t row_end, const bd_matrix *out);
 
 /* linear.c: products. */
 
 typedef struct {
-    const bd_matrix *x;        /* [M, K] */
-    const bd_matrix *weight;   /* [N, K], or NULL: no base product from weights */
-    const bd_matrix *product;  /* fp32 [M, N], base product made by the caller, or NULL */
-    int add;                   /* 1: y is read as the base product, and -1 rows stay as they are;
+    const bd_matrix *x;       /* [M, K] */
+    const bd_matrix *weight;  /* [N, K], or NULL: no base product from weights */
+    const bd_matrix *product; /* fp32 [M, N], base product made by the caller, or NULL */
+    int add;                  /* 1: y is read as the base product, and -1 rows stay as they are;
                                   weight, product and bias are then NULL */
-    const void *bias;          /* [N] of dtype bias_dtype, or NULL */
+    const void *bias;         /* [N] of dtype bias_dtype, or NULL */
     bd_dtype bias_dtype;
-    const bd_delta *deltas;    /* [T], all of shape [N, K] */
+    const bd_delta *deltas; /* [T], all of shape [N, K] */
     int64_t n_deltas;
     const int64_t *tenant_ids; /* [M], -1 .. T-1 */
     bd_precision precision;    /* BD_FLOAT32 runs the scalar definition in fp32 */
@@ -142,6 +150,11 @@ bd_status bd_linear_transposed(const bd_context *ctx, const bd_matrix *dy, const
 /* dtype.c: rows [n_rows, n_columns] of any dtype to fp32, threaded (panels for BLAS). out is
  * fp32 [n_rows, n_columns], contiguous. */
 bd_status bd_to_float32(const bd_context *ctx, const bd_matrix *matrix, float *out);
+
+/* checksum.c: CRC-32C (Castagnoli, reflected; RFC 3720 B.4) of n bytes after those that gave `crc`
+ * (0 at the start), and of A followed by B from their own sums. */
+uint32_t bd_crc32c(uint32_t crc, const void *data, size_t n);
+uint32_t bd_crc32c_combine(uint32_t crc_a, uint32_t crc_b, uint64_t n_bytes_b);
 
 #ifdef __cplusplus
 }

@@ -52,8 +52,8 @@ struct bd_kernels {
      * 0 <= n < n_rows_of_weight, m < M <= BD_STREAM_ROWS. x: fp32 [M, K], rows x_stride apart
      * (64-byte aligned rows). A row's bits depend on neither M nor the other rows. */
     void (*stream_rows)(const float *x, int64_t x_stride, int64_t M, const void *weight,
-                        bd_dtype dtype, int64_t weight_stride, int64_t n_rows, int64_t K, float *out,
-                        int64_t out_stride);
+                        bd_dtype dtype, int64_t weight_stride, int64_t n_rows, int64_t K,
+                        float *out, int64_t out_stride);
 
     /* Transposed block: z[k] += sum over the 16 rows of a strip of +-q[i], k < 32 * n_lines.
      * sign: [n_lines, 16]; q: int16 [16]. z: int32 (at most 4080 strips between resets). */
@@ -70,29 +70,32 @@ struct bd_kernels {
     /* One row of expand: out[k] = round(fp32(base[k]) + t[k]); plane p's words are at
      * words + p * plane_stride, one per line, 16 apart; row [P] (stride row_stride) and column
      * (NULL or [P, K]) as in bd_delta. */
-    void (*expand_row)(const void *base, bd_dtype dtype, const uint32_t *words, int64_t plane_stride,
-                       int P, const float *row, int64_t row_stride, const float *column, int64_t K,
-                       void *out, bd_dtype out_dtype);
+    void (*expand_row)(const void *base, bd_dtype dtype, const uint32_t *words,
+                       int64_t plane_stride, int P, const float *row, int64_t row_stride,
+                       const float *column, int64_t K, void *out, bd_dtype out_dtype);
 };
 
 /* dispatch.c */
 
 /* The table of `isa`, or of the best set of this machine when isa is NULL; NULL when this machine or
- * this build lacks it. "amx" on a machine without AMX: NULL; "amx-emulated" runs the same file on
- * its plain C emulation, anywhere. */
+ * this build lacks it. "avx512-emulated" and "amx-emulated" run the same source files on a plain C
+ * emulation of their instructions, anywhere and slowly: for tests, never chosen by NULL. */
 const bd_kernels *bd_select_kernels(const char *isa);
 /* Names that bd_select_kernels accepts here, best first, ended by NULL. */
 const char *const *bd_available_isas(void);
 
-/* Each file copies `base`, replaces its entries, and is called once by dispatch.c. */
+/* Each replaces its entries of *table; called by dispatch.c. */
 void bd_fill_generic_linear(bd_kernels *table);
 void bd_fill_generic_delta(bd_kernels *table);
 void bd_fill_avx2_linear(bd_kernels *table);
 void bd_fill_avx2_delta(bd_kernels *table);
-void bd_fill_avx512_linear(bd_kernels *table, int has_vnni);
+void bd_fill_avx512_linear(bd_kernels *table);
 void bd_fill_avx512_delta(bd_kernels *table);
-void bd_fill_amx(bd_kernels *table);          /* real tile instructions */
-void bd_fill_amx_emulated(bd_kernels *table); /* the same code on the emulation */
+void bd_fill_avx512_linear_emulated(bd_kernels *table); /* the same code on the emulation */
+void bd_fill_avx512_delta_emulated(bd_kernels *table);
+void bd_fill_amx(bd_kernels *table);
+void bd_fill_amx_emulated(bd_kernels *table);
+void bd_fill_neon_linear(bd_kernels *table);
 int bd_amx_permit(void); /* asks the kernel once; 1 when tiles may be used */
 
 #ifdef __cplusplus

@@ -466,7 +466,7 @@ transposed_strip(const uint32_t *sign, int64_t n_lines, const int16_t *q, int32_
 #endif
 
 void
-bd_fill_avx512_linear(bd_kernels *table, int has_vnni)
+bd_fill_avx512_linear(bd_kernels *table, int)
 {
     static const bd_product few = {
         .name = "lut",
@@ -484,8 +484,7 @@ bd_fill_avx512_linear(bd_kernels *table, int has_vnni)
         .prepare = many_prepare,
         .product = many_product,
     };
-    /* 64 products a look-up, 32 a vpdpwssd or a pair of vpdpbusd: VNNI has nothing to add. */
-    (void)has_vnni;
+    /* VNNI has nothing to add: 64 products a look-up, 32 a vpdpwssd or a pair of vpdpbusd. */
     table->isa = "avx512";
     table->quantize = quantize;
     table->stream_rows = stream_rows;
