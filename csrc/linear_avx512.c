@@ -466,7 +466,7 @@ transposed_strip(const uint32_t *sign, int64_t n_lines, const int16_t *q, int32_
 #endif
 
 void
-bd_fill_avx512_linear(bd_kernels *table, int)
+bd_fill_avx512_linear(bd_kernels *table)
 {
     static const bd_product few = {
         .name = "lut",
