@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from bitdelta import demo  # noqa: E402
-from bitdelta.cli import main  # noqa: E402
+from bitdelta import demo
+from bitdelta.cli import main
 
 
 @pytest.fixture(scope="module")
