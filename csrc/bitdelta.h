@@ -156,6 +156,10 @@ bd_status bd_to_float32(const bd_context *ctx, const bd_matrix *matrix, float *o
 uint32_t bd_crc32c(uint32_t crc, const void *data, size_t n);
 uint32_t bd_crc32c_combine(uint32_t crc_a, uint32_t crc_b, uint64_t n_bytes_b);
 
+/* read.c: reads n_bytes, threaded, and returns their exclusive or as little-endian words (so that
+ * nothing is optimised away): measures what reading alone costs. */
+uint64_t bd_read(const bd_context *ctx, const void *data, size_t n_bytes);
+
 #ifdef __cplusplus
 }
 #endif
