@@ -1,0 +1,110 @@
+"""Finds the folder that a user means: one on this disk, or a Hugging Face Hub id in huggingface_hub's cache.
+
+    NAME, OWNER/NAME, OWNER/NAME@REVISION      REVISION = branch, tag or commit; main by default
+
+A folder wins over an id of the same name. Downloads, the cache, tokens and HF_HUB_OFFLINE are huggingface_hub's business.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import Error
+
+_ID = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+# Small files, and one kind of weights; files in sub-folders (original/, onnx/, checkpoint-500/) are not wanted.
+_SMALL = ["*.json", "*.txt", "*.model*", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "README.md"]
+_SAFETENSORS = [*_SMALL, "*.safetensors"]
+_TORCH = [*_SMALL, "*.bin"]
+_IGNORED = [
+    *(f"*/*.{kind}" for kind in ("json", "txt", "model*", "py", "md", "safetensors", "bin")),
+    *(
+        "consolidated*",
+        "training_args.bin",
+        "optimizer*",
+        "scheduler*",
+        "adapter_model*",
+        "trainer_state.json",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A folder and, where it is the Hub's, its id and the commit."""
+
+    root: Path
+    id: str | None = None
+    revision: str | None = None
+
+
+def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Found:
+    """The folder of `source`.
+
+    Args:
+        source: a folder or a Hub id.
+        revision: instead of `@REVISION` in the id.
+
+    Raises:
+        bitdelta.Error: neither a folder nor an id that huggingface_hub can give.
+    """
+    text = os.fspath(source)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise Error(f"{text}: a folder; the revision {revision!r} is for Hub ids")
+        return _describe(path)
+    if path.exists():
+        raise Error(f"{text}: a file; give the folder that holds it")
+    name, at, after = text.partition("@")
+    if at and revision is not None and after != revision:
+        raise Error(f"{text}: two revisions: {after!r} and {revision!r}")
+    if isinstance(source, Path) or not _ID.fullmatch(name) or (at and not after):
+        raise Error(
+            f"{text}: no such folder, and not a Hub id (NAME, OWNER/NAME or OWNER/NAME@REVISION) either"
+        )
+    return _describe(_download(text, name, revision or after or None), name)
+
+
+def _describe(root: Path, id: str | None = None) -> Found:
+    """Id and commit from the cache's layout: models--OWNER--NAME/snapshots/COMMIT."""
+    real = root.resolve()
+    repository = real.parent.parent
+    if real.parent.name == "snapshots" and repository.name.startswith("models--"):
+        commit = real.name if _COMMIT.fullmatch(real.name) else None
+        return Found(root, id or repository.name.removeprefix("models--").replace("--", "/"), commit)
+    return Found(root, id)
+
+
+def _download(text: str, name: str, revision: str | None) -> Path:
+    """The snapshot's folder; safetensors, or where the repository has none, PyTorch's files."""
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise Error(
+            f"{text}: no such folder; to read it as a Hub id, install huggingface_hub: pip install huggingface_hub"
+        ) from error
+    try:
+        for patterns in (_SAFETENSORS, _TORCH):
+            root = Path(
+                snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_IGNORED)
+            )
+            if any(root.glob("*.safetensors")):
+                break
+        return root
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        where = "HF_HUB_OFFLINE is set" if _is_offline() else "the Hub did not give it"
+        reason = " ".join(str(error).split())[:300]
+        raise Error(f"{text}: no such folder, and as a Hub id: {where}: {reason}") from error
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
