@@ -1,0 +1,57 @@
+"""bitdelta: one base model, a thousand fine-tunes, each stored as sign bits and a few scales.
+
+The data's way through the package, one module a stage:
+
+    checkpoint   base and fine-tuned folders, memory-mapped     open_checkpoint in bitdelta.checkpoint
+    delta        finetuned - base -> sign planes and scales     extract, Delta
+    packfile     one folder: safetensors + JSON                 compress, load, verify, merge, import_diff
+    linear       base product + every row's own delta           linear, linear_add, linear_transposed
+
+Around them: `as_bfloat16` names bf16 in plain NumPy; `set_num_threads`, `get_num_threads`; `show_config` prints
+what this build and machine can do; `Error` and its children; `reference` is every numeric function in plain NumPy.
+The arithmetic is C, in `bitdelta._C`; `bitdelta --help` lists the commands.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    from . import _C  # noqa: F401
+except ImportError as error:
+    from importlib.util import find_spec as _find_spec
+
+    if _find_spec("bitdelta._C") is not None:
+        raise
+    raise ImportError(
+        "bitdelta's extension is not built in this source tree; in the folder of setup.py type: pip install -e ."
+    ) from error
+
+from . import reference
+from .array import as_bfloat16
+from .delta import Delta, extract
+from .errors import BaseMismatchError, DeviceError, Error, FormatError
+from .threads import get_num_threads, set_num_threads
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BaseMismatchError",
+    "Delta",
+    "DeviceError",
+    "Error",
+    "FormatError",
+    "as_bfloat16",
+    "extract",
+    "get_num_threads",
+    "reference",
+    "set_num_threads",
+]
+
+_LATER = ("DeltaModel", "calibrate", "distill")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        raise AttributeError(f"bitdelta.{name} is not part of this version")
+    raise AttributeError(f"module 'bitdelta' has no attribute {name!r}")
