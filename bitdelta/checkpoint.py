@@ -21,6 +21,7 @@ from .errors import FormatError
 from .header import read_json, read_safetensors
 from .layout import Weights, contained, find_weights
 from .tensor import DTYPES, FLOATS, Tensor, file_size
+from .torchfile import open_torch_file
 
 __all__ = ["DTYPES", "FLOATS", "TRAVEL", "Checkpoint", "Tensor", "open_checkpoint"]
 
@@ -177,7 +178,5 @@ def _read(weights: Weights) -> dict[str, Tensor]:
 def _read_file(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
-    from .torchfile import open_torch_file
-
     file_size(path)  # names empty files and LFS pointers
     return open_torch_file(path)

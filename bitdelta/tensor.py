@@ -56,7 +56,8 @@ _maps_lock = threading.Lock()
 class Tensor:
     """A tensor of a checkpoint: `nbytes` at `offset` of `path`, row-major, little-endian.
 
-    Tied tensors share path and offset. `dtype` is the code that safetensors uses (`DTYPES`).
+    Tied tensors share path and offset. `dtype` is the code that safetensors uses (`DTYPES`). `strides`, in elements,
+    is None for row-major values; only PyTorch's files hold others, and `array()` copies those into order.
     """
 
     name: str
@@ -65,6 +66,15 @@ class Tensor:
     nbytes: int
     path: Path
     offset: int
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def span(self) -> int:
+        """Bytes of the file from the first element to the end of the last; nbytes when row-major."""
+        if self.strides is None or not self.nbytes:
+            return self.nbytes
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        return (last + 1) * (DTYPES[self.dtype][0] // 8)
 
     def array(self) -> np.ndarray:
         """The values, read-only, mapped where they lie; no byte is copied.
@@ -81,6 +91,10 @@ class Tensor:
         if not self.nbytes:
             values = np.empty(shape, dtype)
             values.flags.writeable = False
+        elif self.strides is not None:
+            steps = tuple(dtype.itemsize * stride for stride in self.strides)
+            values = np.ndarray(shape, dtype, self._map(), self.offset, steps).copy(order="C")
+            values.flags.writeable = False
         elif self.offset % dtype.itemsize:
             values = np.frombuffer(self.read(0, self.nbytes), dtype).reshape(shape)
         else:
@@ -92,9 +106,18 @@ class Tensor:
         return values
 
     def read(self, begin: int, end: int) -> bytes:
-        """Bytes begin..end of the tensor, copied, without mapping the file."""
+        """Bytes begin..end of the row-major values, copied, without mapping the file."""
+        if self.strides is not None:
+            return np.asarray(self.array()).reshape(-1).view(np.uint8)[begin:end].tobytes()
+        pieces = []
         with open(self.path, "rb", buffering=0) as file:
-            return self._read(file.fileno(), begin, end)
+            while begin < end:
+                piece = os.pread(file.fileno(), min(end - begin, 1 << 30), self.offset + begin)
+                if not piece:
+                    raise self._truncated(os.fstat(file.fileno()).st_size)
+                pieces.append(piece)
+                begin += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def fingerprint(self) -> str:
         """SHA-256 (64 hexadecimal digits) of the tensor's kind and of 16 samples of its bytes.
@@ -106,13 +129,12 @@ class Tensor:
         The bytes are those of the row-major, little-endian values, so shards, names and file formats do not matter.
         """
         digest = hashlib.sha256(f"{self.dtype} {list(self.shape)}\n".encode("ascii"))
-        with open(self.path, "rb", buffering=0) as file:
-            if self.nbytes <= BLOCKS * BLOCK_BYTES:
-                digest.update(self._read(file.fileno(), 0, self.nbytes))
-            else:
-                for i in range(BLOCKS):
-                    begin = i * (self.nbytes - BLOCK_BYTES) // (BLOCKS - 1)
-                    digest.update(self._read(file.fileno(), begin, begin + BLOCK_BYTES))
+        if self.nbytes <= BLOCKS * BLOCK_BYTES:
+            digest.update(self.read(0, self.nbytes))
+        else:
+            for i in range(BLOCKS):
+                begin = i * (self.nbytes - BLOCK_BYTES) // (BLOCKS - 1)
+                digest.update(self.read(begin, begin + BLOCK_BYTES))
         return digest.hexdigest()
 
     def prefetch(self) -> None:
@@ -128,21 +150,11 @@ class Tensor:
             return
         self._advise("MADV_DONTNEED", mapped)
 
-    def _read(self, descriptor: int, begin: int, end: int) -> bytes:
-        pieces = []
-        while begin < end:
-            piece = os.pread(descriptor, min(end - begin, 1 << 30), self.offset + begin)
-            if not piece:
-                raise self._truncated(os.fstat(descriptor).st_size)
-            pieces.append(piece)
-            begin += len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
     def _map(self) -> mmap.mmap:
         """The one map of the file; alive while an array uses it."""
         with open(self.path, "rb", buffering=0) as file, _maps_lock:
             status = os.fstat(file.fileno())
-            if status.st_size < self.offset + self.nbytes:
+            if status.st_size < self.offset + self.span:
                 raise self._truncated(status.st_size)
             mapped = _maps.get(_identity(status))
             if mapped is None:
@@ -157,11 +169,11 @@ class Tensor:
         if mapped is None or option is None or not self.nbytes:
             return
         begin = self.offset - self.offset % mmap.PAGESIZE
-        mapped.madvise(option, begin, self.offset + self.nbytes - begin)
+        mapped.madvise(option, begin, self.offset + self.span - begin)
 
     def _truncated(self, size: int) -> FormatError:
         return FormatError(
-            f"{self.path}: {self.name}: expected bytes {self.offset} to {self.offset + self.nbytes}, "
+            f"{self.path}: {self.name}: expected bytes {self.offset} to {self.offset + self.span}, "
             f"the file has {size} now; it was cut since it was opened"
         )
 

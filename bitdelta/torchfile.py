@@ -19,13 +19,10 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .errors import FormatError
+from .tensor import Tensor
 from .torchpickle import View, describe_kind, interpret
-
-if TYPE_CHECKING:
-    from .checkpoint import Tensor
 
 MAX_PICKLE_BYTES = 64 << 20  # a 100 000-tensor model needs about 20 MB
 
@@ -37,10 +34,10 @@ class _Entry:
 
 
 def open_torch_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a `torch.save` file, by name, as memory-mapped `bitdelta.checkpoint.Tensor`.
+    """The tensors of a `torch.save` file, by name, as memory-mapped `Tensor`s.
 
     Args:
-        path: a zip container holding one flat dict of contiguous tensors.
+        path: a zip container holding one flat dict of tensors.
 
     Returns:
         name -> Tensor, in the file's order. Tied tensors share their offset.
@@ -50,8 +47,6 @@ def open_torch_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             sizes that the file does not hold, names outside the closed list.
         OSError: the file cannot be read.
     """
-    from .checkpoint import Tensor  # checkpoint.py reads .bin shards through this module
-
     path = Path(path)
     entries, pickled = _read_archive(path)
     state = interpret(pickled, path)
@@ -80,10 +75,6 @@ def open_torch_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
                 f"expected {storage.count * storage.itemsize} bytes, got {entry.size}"
             )
         offset = entry.offset + view.start * storage.itemsize
-        if view.count and offset % storage.itemsize:
-            raise FormatError(
-                f"{path}: {name[:200]!r} starts at byte {offset}, not aligned to {storage.itemsize} bytes"
-            )
         tensors[name] = Tensor(
             name=name,
             dtype=storage.dtype,
@@ -91,6 +82,7 @@ def open_torch_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             nbytes=view.count * storage.itemsize,
             path=path,
             offset=offset,
+            strides=view.strides,
         )
     return tensors
 

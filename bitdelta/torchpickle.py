@@ -32,11 +32,29 @@ STORAGES = {
     "torch CharStorage": ("I8", 1),
     "torch ByteStorage": ("U8", 1),
     "torch BoolStorage": ("BOOL", 1),
+    "torch ComplexFloatStorage": ("C64", 8),
+    "torch.storage UntypedStorage": ("U8", 1),  # of _rebuild_tensor_v3, which names the dtype itself
+}
+DTYPES = {  # what has no storage type of its own
+    "torch uint16": ("U16", 2),
+    "torch uint32": ("U32", 4),
+    "torch uint64": ("U64", 8),
+    "torch float8_e4m3fn": ("F8_E4M3", 1),
+    "torch float8_e5m2": ("F8_E5M2", 1),
+    "torch float8_e4m3fnuz": ("F8_E4M3FNUZ", 1),
+    "torch float8_e5m2fnuz": ("F8_E5M2FNUZ", 1),
+    "torch float8_e8m0fnu": ("F8_E8M0", 1),
 }
 REBUILD_TENSOR = "torch._utils _rebuild_tensor_v2"
+REBUILD_TENSOR_DTYPE = "torch._utils _rebuild_tensor_v3"
 REBUILD_PARAMETER = "torch._utils _rebuild_parameter"
+REBUILD_PARAMETER_STATE = "torch._utils _rebuild_parameter_with_state"  # with Python attributes, dropped
+REBUILD_TYPE = "torch._tensor _rebuild_from_type_v2"  # a plain tensor with Python attributes, dropped
+TYPES = frozenset(("torch Tensor", "torch.nn.parameter Parameter"))
 ORDERED_DICT = "collections OrderedDict"
-NAMES = frozenset(STORAGES) | {REBUILD_TENSOR, REBUILD_PARAMETER, ORDERED_DICT}
+NAMES = frozenset(
+    (*STORAGES, *DTYPES, *TYPES, ORDERED_DICT, REBUILD_TENSOR, REBUILD_TENSOR_DTYPE)
+) | frozenset((REBUILD_PARAMETER, REBUILD_PARAMETER_STATE, REBUILD_TYPE))
 
 
 @dataclass(frozen=True)
@@ -56,12 +74,13 @@ class Storage:
 
 @dataclass(frozen=True)
 class View:
-    """A contiguous tensor inside one storage; `start` in elements."""
+    """A tensor inside one storage; `start` and `strides` in elements, `strides` None when row-major."""
 
     storage: Storage
     start: int
     shape: tuple[int, ...]
     count: int
+    strides: tuple[int, ...] | None
 
 
 class _Mark:
@@ -239,15 +258,35 @@ def _reduce(function: _Name, arguments: tuple[Any, ...], path: Path) -> Any:
         if arguments:
             raise ValueError("OrderedDict with arguments")
         return {}
-    if function.text == REBUILD_PARAMETER:
+    if function.text in (REBUILD_PARAMETER, REBUILD_PARAMETER_STATE):
         if not arguments:
             raise ValueError("a parameter without data")
         return _expect(arguments[0], View)
+    if function.text == REBUILD_TYPE:
+        inner, kind, inner_arguments, _ = arguments
+        if _expect(kind, _Name).text not in TYPES or _expect(inner, _Name).text == REBUILD_TYPE:
+            raise ValueError(f"{kind.text!r} is not a kind of tensor that is read")
+        return _reduce(inner, _expect(inner_arguments, tuple), path)
     if function.text == REBUILD_TENSOR:
         if len(arguments) not in (6, 7):
             raise ValueError(f"_rebuild_tensor_v2 with {len(arguments)} arguments")
         return _rebuild(*arguments[:4], path)
+    if function.text == REBUILD_TENSOR_DTYPE:
+        if len(arguments) not in (7, 8):
+            raise ValueError(f"_rebuild_tensor_v3 with {len(arguments)} arguments")
+        return _rebuild(_typed(arguments[0], arguments[6]), *arguments[1:4], path)
     raise ValueError(f"{function.text!r} is called")
+
+
+def _typed(storage: Any, dtype: Any) -> Storage:
+    """An untyped storage as one of elements of `dtype`."""
+    storage, dtype = _expect(storage, Storage), _expect(dtype, _Name)
+    if dtype.text not in DTYPES:
+        raise ValueError(f"{dtype.text!r} is not a dtype that is read")
+    code, itemsize = DTYPES[dtype.text]
+    if storage.itemsize != 1 or storage.count % itemsize:
+        raise ValueError(f"a storage of {storage.count} bytes for {dtype.text!r}")
+    return Storage(storage.key, code, itemsize, storage.count // itemsize)
 
 
 def _rebuild(storage: Any, start: Any, shape: Any, strides: Any, path: Path) -> View:
@@ -256,20 +295,23 @@ def _rebuild(storage: Any, start: Any, shape: Any, strides: Any, path: Path) -> 
     strides = tuple(map(_size, _expect(strides, tuple)))
     if len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"{len(shape)} dimensions with {len(strides)} strides; at most {MAX_DIMENSIONS}")
-    count = 1
+    count = extent = 1
     for size in shape:
         count *= size
-    expected = 1  # the stride of a row-major tensor, from the last dimension back; unread where the size is 1
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if count and size != 1 and stride != expected:
-            raise FormatError(
-                f"{path}: a tensor of shape {list(shape)} has strides {list(strides)}; "
-                "only contiguous tensors are read, save it after .contiguous()"
-            )
-        expected *= size
-    if start + count > storage.count:
+        extent *= size or 1
+    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if count else -1
+    if start + max(count, last + 1) > storage.count or extent >= 1 << 62:
         raise FormatError(
-            f"{path}: a tensor of shape {list(shape)} at element {start} does not fit its storage of "
-            f"{storage.count} elements"
+            f"{path}: a tensor of shape {list(shape)} and strides {list(strides)} at element {start} does not fit "
+            f"its storage of {storage.count} elements"
         )
-    return View(storage, start, shape, count)
+    return View(storage, start, shape, count, None if _is_row_major(shape, strides) else strides)
+
+
+def _is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    expected = 1  # from the last dimension back; a stride is never used where the size is 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return 0 in shape
+        expected *= size
+    return True
