@@ -59,20 +59,31 @@ struct bd_kernels {
      * sign: [n_lines, 16]; q: int16 [16]. z: int32 (at most 4080 strips between resets). */
     void (*transposed_strip)(const uint32_t *sign, int64_t n_lines, const int16_t *q, int32_t *z);
 
-    /* One row of extraction. d[k] = fp32(finetuned) - fp32(base) for k < K, into residual (fp32 [K],
-     * may be NULL when not wanted); words[l * 16] gets the sign bits of columns 32 l .. (zero beyond
-     * K), l < bd_n_lines(K); lanes[k mod 16] += |d| in fp64, k ascending. Returns 0, or 1 when some
-     * d is not finite. */
+    /* One row, or a piece of one that starts at a multiple of 16 columns, of extraction.
+     * d[k] = fp32(finetuned) - fp32(base) for k < K, into residual (fp32 [K], or NULL);
+     * words[l * 16] gets the sign bits of columns 32 l .. (zero beyond K), l < bd_n_lines(K), unless
+     * words is NULL; lanes[k mod 16] += |d| in fp64, k ascending. Returns 0, or 1 when some d or some
+     * lane is not finite. */
     int (*extract_row)(const void *base, bd_dtype base_dtype, const void *finetuned,
                        bd_dtype finetuned_dtype, int64_t K, float *residual, uint32_t *words,
                        double lanes[16]);
 
-    /* One row of expand: out[k] = round(fp32(base[k]) + t[k]); plane p's words are at
-     * words + p * plane_stride, one per line, 16 apart; row [P] (stride row_stride) and column
-     * (NULL or [P, K]) as in bd_delta. */
+    /* What a plane leaves of a row, and the next plane: residual[k] -= s * scale, the bits of s from
+     * words, scale = row, or fp32(row * column[k]) when column is not NULL. Then next and lanes as in
+     * extract_row, for d = residual; neither when next is NULL. */
+    void (*residual_row)(float *residual, const uint32_t *words, float row, const float *column,
+                         int64_t K, uint32_t *next, double lanes[16]);
+
+    /* One row of expand: out[k] = round(fp32(base[k]) + t[k]), base NULL: zeros; plane p's words are
+     * at words + p * plane_stride, one per line, 16 apart; row [P] (stride row_stride) and column
+     * (NULL or [P, K]) as in bd_delta. is_streamed: out may bypass the caches (a fence follows). */
     void (*expand_row)(const void *base, bd_dtype dtype, const uint32_t *words,
                        int64_t plane_stride, int P, const float *row, int64_t row_stride,
-                       const float *column, int64_t K, void *out, bd_dtype out_dtype);
+                       const float *column, int64_t K, void *out, bd_dtype out_dtype,
+                       int is_streamed);
+
+    /* out[i] = fp32(data[i]), i < n. */
+    void (*to_float32)(const void *data, bd_dtype dtype, int64_t n, float *out);
 };
 
 /* dispatch.c */

@@ -4,6 +4,10 @@
  * tasks from one atomic counter and leaves under the lock; the caller closes the job and waits for
  * those who joined. A worker that wakes too late finds the job closed, so a slow wake-up costs nothing.
  * After fork only the forking thread exists: the pid tells, and the child starts over. */
+#if defined(__linux__) && !defined(_DEFAULT_SOURCE)
+#define _DEFAULT_SOURCE /* signal masks */
+#endif
+
 #include "pool.h"
 
 #include <pthread.h>
