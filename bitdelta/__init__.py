@@ -31,6 +31,7 @@ from . import reference
 from .array import as_bfloat16
 from .delta import Delta, extract
 from .errors import BaseMismatchError, DeviceError, Error, FormatError
+from .linear import linear, linear_add, linear_transposed
 from .threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
@@ -44,6 +45,9 @@ __all__ = [
     "as_bfloat16",
     "extract",
     "get_num_threads",
+    "linear",
+    "linear_add",
+    "linear_transposed",
     "reference",
     "set_num_threads",
 ]

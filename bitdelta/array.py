@@ -74,7 +74,10 @@ class BFloat16Array(np.ndarray[Any, np.dtype[np.uint16]]):
     def __array_function__(self, func: Callable[..., Any], types: Any, args: Any, kwargs: Any) -> Any:
         if func not in _MOVES:
             _refuse(func.__name__)
-        return super().__array_function__(func, types, args, kwargs)
+        moved = super().__array_function__(func, types, args, kwargs)
+        if isinstance(moved, np.ndarray) and moved.dtype != np.uint16:
+            _refuse(f"{func.__name__} with {moved.dtype}")
+        return moved.view(BFloat16Array) if isinstance(moved, np.ndarray) else moved
 
     def _no_arithmetic(self, *args: Any, **kwargs: Any) -> NoReturn:
         _refuse("this method")

@@ -143,9 +143,9 @@ def extract_with_checksum(base: Tensor, finetuned: Tensor, planes: int, scale: s
 def _extract(
     base: Tensor, finetuned: Tensor, planes: int, scale: str, checksum: bool
 ) -> tuple[Delta, int | None]:
-    N, K = _matrix_shape(base, "base")
-    if tuple(finetuned.shape) != (N, K):
-        raise ValueError(f"finetuned: expected [{N}, {K}] as base, got {list(finetuned.shape)}")
+    N, K = matrix_shape(base, "base")
+    if matrix_shape(finetuned, "finetuned") != (N, K):
+        raise ValueError(f"finetuned: expected {[N, K]} as base, got {list(finetuned.shape)}")
     if not isinstance(planes, int) or not 1 <= planes <= 8:
         raise ValueError(f"planes: expected 1 to 8, got {planes!r}")
     if scale not in FORMS:
@@ -155,17 +155,20 @@ def _extract(
     row = np.empty(planes if scale == "tensor" else (planes, N), np.float32)
     column = np.empty((planes, K), np.float32) if scale == "rank1" else None
     crc = _C.extract(base, finetuned, planes, scale, sign, row, column, checksum)
+    if not (np.isfinite(row).all() and (column is None or np.isfinite(column).all())):
+        raise ValueError("finetuned - base: the scales go beyond fp32")
     if scale == "tensor":
         row = np.repeat(row[:, None], N, axis=1)
     return Delta(sign, row, column, (N, K), scale), crc
 
 
-def _matrix_shape(array: Tensor, name: str) -> tuple[int, int]:
+def matrix_shape(array: Tensor, name: str, letters: str = "[N, K]") -> tuple[int, int]:
+    """The two dimensions of a matrix of any kind, or the error that names it."""
     shape = getattr(array, "shape", None)
     if shape is None:
         raise TypeError(
             f"{name}: expected a tensor of float32, float16 or bfloat16, got {type(array).__name__}"
         )
     if len(shape) != 2:
-        raise ValueError(f"{name}: expected a matrix [N, K], got {list(shape)}")
+        raise ValueError(f"{name}: expected a matrix {letters}, got {list(shape)}")
     return int(shape[0]), int(shape[1])

@@ -1,0 +1,72 @@
+"""What the tests share: seeds, instruction sets, kinds of tensors, tolerances.
+
+The delta terms are integers, so tests of them compare with `==`; the tolerances are for what is summed in floats.
+"""
+
+import zlib
+
+import numpy as np
+import pytest
+
+import bitdelta
+from bitdelta import _C
+from bitdelta.array import from_float32, to_float32
+
+DTYPES = ("float32", "float16", "bfloat16")
+KINDS = ("numpy", "torch", "ml_dtypes")
+
+# Relative to the largest value of the row. fp32 sums of a few thousand products err by some 1e-6; one rounding to
+# the 11 bits of fp16 or the 8 bits of bf16 by at most half a unit, and a unit where the sums round apart.
+TOLERANCE = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}
+
+
+@pytest.fixture
+def rng(request):
+    """Random numbers of the test's own: the same whatever else runs."""
+    return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(params=_C.isas())
+def isa(request):
+    """Every instruction set that this machine can run or emulate, in use while the test runs."""
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def _default_threads():
+    """A test that sets the number of threads leaves no trace."""
+    yield
+    bitdelta.set_num_threads(None)
+
+
+def tensor(values, dtype="float32", kind="numpy"):
+    """fp32 values rounded to a dtype, as NumPy (bf16 as BFloat16Array), ml_dtypes or torch."""
+    rounded = from_float32(np.asarray(values, np.float32), dtype)
+    if kind == "ml_dtypes":
+        ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is part of the test extra")
+        return rounded.view(np.uint16).view(ml_dtypes.bfloat16) if dtype == "bfloat16" else rounded
+    if kind == "torch":
+        import torch
+
+        return torch.from_numpy(np.array(to_float32(rounded))).to(getattr(torch, dtype))
+    return rounded
+
+
+def bits(array):
+    """The array's bits as unsigned integers, so that -0.0 and NaN compare too."""
+    if type(array).__module__ == "torch":
+        import torch
+
+        array = array.view(torch.uint16 if array.dtype != torch.float32 else torch.uint32).numpy()
+    array = np.ascontiguousarray(np.asanyarray(array))
+    return array.view({2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
+
+
+def pair(rng, n, k, dtype="float32", size=0.02):
+    """A base weight [N, K] and a fine-tune of it."""
+    base = rng.normal(size=(n, k)).astype(np.float32)
+    finetuned = base + rng.normal(scale=size, size=(n, k)).astype(np.float32)
+    return tensor(base, dtype), tensor(finetuned, dtype)
