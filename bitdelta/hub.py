@@ -54,12 +54,12 @@ def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Foun
         bitdelta.Error: neither a folder nor an id that huggingface_hub can give.
     """
     text = os.fspath(source)
-    path = Path(text).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(text))
+    if text and path.is_dir():
         if revision is not None:
             raise Error(f"{text}: a folder; the revision {revision!r} is for Hub ids")
         return _describe(path)
-    if path.exists():
+    if text and path.exists():
         raise Error(f"{text}: a file; give the folder that holds it")
     name, at, after = text.partition("@")
     if at and revision is not None and after != revision:
