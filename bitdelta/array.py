@@ -191,7 +191,7 @@ def aligned_empty(shape: Sequence[int], dtype: DTypeLike, alignment: int = 64) -
     n_bytes = kind.itemsize * int(np.prod(shape, dtype=np.int64))
     raw = np.empty(n_bytes + alignment, np.uint8)
     start = -raw.ctypes.data % alignment
-    return raw[start : start + n_bytes].view(kind).reshape(shape)
+    return raw[start:][:n_bytes].view(kind).reshape(shape)
 
 
 def empty_like(array: Tensor, shape: tuple[int, ...]) -> Tensor:
