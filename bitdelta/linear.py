@@ -48,8 +48,8 @@ def linear(
         deltas: T deltas of shape (N, K), of any planes and forms.
         tenant_ids: M integers: the row's index in `deltas`, or -1 for the base alone.
         bias: [N], or None.
-        precision: "fixed16" (x in 16 bits with one exponent a row: relative error about 5e-6, the same bits
-            everywhere); "float32" (sums of fp32 by scalar code, slow); "merged" (W' = round(base + delta) in weight's
+        precision: "fixed16" (x in 16 bits with one exponent a row: relative error some 5e-5 on Gaussian rows,
+            the same bits everywhere); "float32" (sums of fp32 by scalar code, slow); "merged" (W' = round(base + delta) in weight's
             dtype, then BLAS: fast for hundreds of rows of one tenant, rounded once more).
         out: [M, N] to write to; it overlaps no input. Default: new, of x's kind and dtype.
 

@@ -12,7 +12,8 @@ C and CUDA kernels are tested against this file; what it leaves to no one is the
               row = fp32(row mean), column = fp32(c / mean), scale = fp32(row column)
     expand    t = s_0 scale_0, then + s_p scale_p in order, each sum in fp32; round(fp32(base + t))
     fixed16   see `quantize`; term_p = (fp32(z) 2^(e-15)) row_p, each product rounded to fp32
-    linear    y = term_0 + term_1 ... + base product + bias, each sum rounded to fp32; then to x's dtype
+    linear    y = term_0 + term_1 ... + base product + bias, each sum rounded to fp32; then to x's dtype. Some u of a
+              row not finite: the whole row is the quiet NaN 0x7fc00000 (rounded), as is every other NaN
 
 The tensors may be of any kind; results are NumPy (BFloat16Array for bf16). Source of the method: BitDelta, arXiv
 2402.10193, section 3.1 (one plane, one scale per matrix); the rest is this package's.
@@ -47,8 +48,8 @@ def pack(signs: NDArray[np.bool_]) -> NDArray[np.uint32]:
     >>> import numpy as np
     >>> pack(np.array([[True, False, True]])).shape
     (1, 8, 16)
-    >>> pack(np.array([[True, False, True]]))[0, 0, 0]
-    np.uint32(5)
+    >>> int(pack(np.array([[True, False, True]]))[0, 0, 0])
+    5
     """
     n_rows, n_columns = signs.shape
     padded = np.zeros((-(-n_rows // 16) * 16, -(-n_columns // 256) * 256), np.bool_)
@@ -62,9 +63,10 @@ def pack(signs: NDArray[np.bool_]) -> NDArray[np.uint32]:
 
 def unpack(sign_plane: NDArray[np.uint32], N: int, K: int) -> NDArray[np.bool_]:
     """uint32 [S, L, 16] -> bool [N, K]; the padding is dropped."""
-    strips = np.ascontiguousarray(sign_plane.transpose(0, 2, 1)).astype("<u4", copy=False)
-    bits = np.unpackbits(strips.reshape(-1, strips.shape[2]).view(np.uint8), axis=1, bitorder="little")
-    return bits[:N, :K].astype(np.bool_)
+    words = np.ascontiguousarray(sign_plane.transpose(0, 2, 1)).astype("<u4", copy=False)  # [S, 16, L]
+    bits = np.unpackbits(words.view(np.uint8), axis=2, bitorder="little")
+    n_strips, _, n_columns = bits.shape
+    return bits.reshape(16 * n_strips, n_columns)[:N, :K].astype(np.bool_)
 
 
 # extraction and expansion
@@ -274,14 +276,14 @@ def _term(x: F32, delta: Delta, p: int, precision: str, transposed: bool) -> F32
 def _sum(
     terms: F32, is_lost: NDArray[np.bool_], product: F32 | None, bias: Tensor | None, ids: NDArray[Any]
 ) -> F32:
-    """terms + product + bias; a row of tenant -1 has no terms, a lost row is the quiet NaN."""
+    """terms + product + bias; a row of tenant -1 has no terms; a lost row and any NaN are the quiet NaN."""
     y = terms
     with np.errstate(over="ignore", invalid="ignore"):
         if product is not None:
             y = np.where((ids < 0)[:, None], product, y + product)
         if bias is not None:
             y = y + to_float32(bias)
-    return np.where(is_lost[:, None], NAN, y)
+    return np.where(is_lost[:, None] | np.isnan(y), NAN, y)
 
 
 def _merged(
@@ -295,4 +297,4 @@ def _merged(
         y[rows] = _product(u[rows], weight if t < 0 else expand(weight, deltas[t]))
     if bias is not None:
         y = y + to_float32(bias)
-    return from_float32(y, dtype_name(x, "x"))
+    return from_float32(np.where(np.isnan(y), NAN, y), dtype_name(x, "x"))
