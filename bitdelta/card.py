@@ -1,0 +1,70 @@
+"""The model card (README.md) of a packed delta: what it is, how large, how to load it."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from .tensor import DTYPES
+
+DESCRIPTIONS = {
+    "tensor": "sign planes, one scale per matrix",
+    "row": "sign planes, one scale per row",
+    "rank1": "sign planes, row and column scales",
+    "whole": "stored whole",
+    "same": "identical to the base",
+    "tied": "tied to another tensor",
+}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def model_card(config: dict[str, Any], delta_bytes: int) -> str:
+    """Markdown with the Hub's front matter.
+
+    Args:
+        config: what delta_config.json holds.
+        delta_bytes: bytes of the delta's tensors and config.
+    """
+    base, finetuned = config["base"], config["finetuned"]
+    base_name = base["id"] or base["name"] or "BASE"
+    entries = config["tensors"].values()
+    own = [entry for entry in entries if entry["form"] != "tied"]
+    finetuned_bytes = sum(math.prod(entry["shape"]) * DTYPES[entry["dtype"]][0] // 8 for entry in own)
+    lines = ["---", "library_name: bitdelta", "tags:", "- bitdelta"]
+    if base["id"] and _HUB_ID.fullmatch(base["id"]):
+        lines += [f"base_model: {base['id']}", "base_model_relation: adapter"]
+    lines += ["---", "", f"# {_text(finetuned.get('id') or finetuned.get('name') or 'A fine-tune')}, as a delta", ""]
+    revision = f" at revision `{base['revision']}`" if base["revision"] else ""
+    lines += [
+        f"What a full fine-tune changed in `{_text(base_name)}`{revision}, stored as sign bits and scales by",
+        f"{config['tool_version']} (format version {config['format_version']}).",
+        "",
+        f"{delta_bytes:,} bytes, against {finetuned_bytes:,} bytes of the fine-tune's tensors: "
+        f"{finetuned_bytes / max(delta_bytes, 1):.1f} times smaller.",
+        "",
+        "| tensors | parameters | how |",
+        "|---|---|---|",
+    ]
+    for form, description in DESCRIPTIONS.items():
+        group = [entry for entry in entries if entry["form"] == form]
+        if group:
+            planes = sorted({entry["planes"] for entry in group if "planes" in entry})
+            count = sum(math.prod(entry["shape"]) for entry in group)
+            how = description + (f" ({', '.join(map(str, planes))} per weight)" if planes else "")
+            lines.append(f"| {len(group)} | {count:,} | {how} |")
+    lines += [
+        "",
+        "Back to a full checkpoint, which transformers loads:",
+        "",
+        f"    bitdelta merge {_text(base_name)} DELTA --out FOLDER",
+        "",
+        "In Python, memory-mapped: `bitdelta.load(DELTA)`. The base must be the one named above; `bitdelta verify`",
+        "checks that.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _text(name: str) -> str:
+    """A name that cannot change the Markdown around it."""
+    return re.sub(r"[^\w./ -]", "_", name)

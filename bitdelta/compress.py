@@ -1,0 +1,278 @@
+"""Packs what a fine-tune changed in its base: two checkpoint folders -> one packed delta.
+
+    plan every tensor (forms.py) -> one pair at a time: extract, write (packfile_writer.py) -> report
+
+The pairs are visited in the fine-tune's file order, however the base is sharded, and their pages are released
+afterwards, so that memory holds the packed form of one tensor, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import _C, threads
+from .checkpoint import Checkpoint, open_checkpoint
+from .delta import FORMS, Delta, extract_with_checksum
+from .error import relative, sample, squared_errors
+from .folder import refuse_existing, refuse_full, refuse_inside
+from .forms import Plan, parameters, plan_tensors, stored_bytes
+from .packfile_writer import PackfileWriter
+from .tensor import Tensor
+
+CONFIG_BYTES_PER_TENSOR = 500  # of delta_config.json, about
+TIMED_BYTES = 64 << 20  # what a dry run reads to estimate the time
+COMPARED_BYTES = 1 << 20  # at a time: fits a core's cache
+
+
+def compress(
+    base: str | os.PathLike[str],
+    finetuned: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    planes: int = 1,
+    scale: str = "row",
+    whole: Iterable[str] = (),
+    text: str | os.PathLike[str] | None = None,
+    fit: str = "signs",
+    budget: float | None = None,
+    dry_run: bool = False,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Writes the packed delta of `finetuned` against `base`.
+
+    Args:
+        base: the base's checkpoint, a folder or Hub id.
+        finetuned: the fine-tune's.
+        out_dir: the folder to write; it must not exist. Killed, the same call continues where it was.
+        planes: sign planes, 1 to 8: bits per weight.
+        scale: "tensor", "row" or "rank1"; embeddings and heads have row scales in any case.
+        whole: globs of names of tensors to store whole.
+        text, fit, budget: calibration, which is not part of this version.
+        dry_run: estimate size, memory and time; write nothing.
+        progress: a progress bar on stderr.
+
+    Returns:
+        A dict that JSON can hold: counts, parameters and share of each form, bytes, factor, relative error, speed.
+
+    Raises:
+        ValueError: an option out of range, NaN or Inf in a weight (the text names tensor and index).
+        bitdelta.BaseMismatchError: tensors that do not fit together.
+        bitdelta.FormatError: a folder that is not a checkpoint.
+        FileExistsError, OSError: `out_dir` exists or cannot be written.
+    """
+    start = time.perf_counter()
+    whole = (whole,) if isinstance(whole, str) else tuple(whole)
+    _check_options(planes, scale, text, fit, budget)
+    refuse_existing(Path(out_dir))
+    source, target = open_checkpoint(base), open_checkpoint(finetuned)
+    refuse_inside(out_dir, source.root, target.root)
+    plans, absent = plan_tensors(source, target, planes, scale, whole)
+    if dry_run:
+        return _estimate(plans, absent, out_dir)
+    refuse_full(out_dir, _size(plans))
+    prints = {plan.name: plan.base.fingerprint() for plan in plans if plan.base is not None}
+    with PackfileWriter(
+        out_dir,
+        source,
+        files=target.files,
+        finetuned={"id": target.id, "revision": target.revision, "name": target.root.resolve().name},
+        names={plan.name: plan.entry for plan in plans},
+        absent=absent,
+        key=_key(plans, prints, (source, target)),
+    ) as writer, _bar(plans, progress) as bar:
+        for plan in plans:
+            if plan.name not in writer.entries:
+                _add(writer, plan, prints.get(plan.name))
+            bar.update(_read_bytes(plan))
+    return _report(plans, absent, out_dir, time.perf_counter() - start)
+
+
+def _check_options(planes: int, scale: str, text: Any, fit: str, budget: Any) -> None:
+    if type(planes) is not int or not 1 <= planes <= 8:
+        raise ValueError(f"planes: expected 1 to 8, got {planes!r}")
+    if scale not in FORMS:
+        raise ValueError(f"scale: expected 'tensor', 'row' or 'rank1', got {scale!r}")
+    if fit not in ("signs", "scales"):
+        raise ValueError(f"fit: expected 'signs' or 'scales', got {fit!r}")
+    given = {"text": text is not None, "budget": budget is not None, "fit": fit != "signs"}
+    for option in (name for name, is_given in given.items() if is_given):
+        raise ValueError(f"{option}: calibration is not part of this version; leave the option out")
+
+
+def _add(writer: PackfileWriter, plan: Plan, fingerprint: str | None) -> None:
+    name, entry, tensor, base = plan.name, plan.entry, plan.finetuned, plan.base
+    if entry["form"] == "tied":
+        writer.add(name, None, tied_to=entry["tied_to"])
+        return
+    if base is not None and fingerprint == tensor.fingerprint() and _is_same(base, tensor):
+        writer.add(name, None, base_crc32c=_C.crc32c(_flat(base)), fingerprint=fingerprint)
+    elif base is None or entry["form"] == "whole":
+        writer.add(name, tensor.array(), dtype=tensor.dtype, shape=tensor.shape)
+    else:
+        _add_packed(writer, plan, fingerprint)
+    tensor.release()
+    if base is not None:
+        base.release()
+
+
+def _add_packed(writer: PackfileWriter, plan: Plan, fingerprint: str | None) -> None:
+    assert plan.base is not None
+    entry, before, after = plan.entry, plan.base.array(), plan.finetuned.array()
+    n = min(before.shape[-2], after.shape[-2])
+    before, rows, after = before[..., :n, :], after[..., n:, :], after[..., :n, :]
+    if len(entry["shape"]) == 2:
+        value, checksum, error = _extract(plan, "", before, after, sample((n, after.shape[1])))
+    else:
+        value, checksum, error = _extract_stack(plan, before, after)
+    writer.add(
+        plan.name,
+        value,
+        rows=rows if entry.get("rows") else None,
+        dtype=plan.finetuned.dtype,
+        base_crc32c=checksum,
+        relative_error=round(relative(*error), 6),
+        fingerprint=fingerprint,
+    )
+
+
+def _extract(
+    plan: Plan, index: str, before: np.ndarray, after: np.ndarray, strips: list[int]
+) -> tuple[Delta, int, tuple[float, float]]:
+    try:
+        delta, checksum = extract_with_checksum(before, after, plan.entry["planes"], plan.entry["form"])
+    except ValueError as error:  # NaN or Inf
+        raise ValueError(f"{plan.name}{index}: {error}") from error
+    return delta, checksum, squared_errors(before, after, delta, strips)
+
+
+def _extract_stack(
+    plan: Plan, before: np.ndarray, after: np.ndarray
+) -> tuple[list[Delta], int, tuple[float, float]]:
+    """A stack of matrices [E, N, K], one after the other; the error's sample is the first and the last one's."""
+    deltas, checksum, wrong, total = [], 0, 0.0, 0.0
+    count, n, k = after.shape
+    for i in range(count):
+        strips = sample((n, k)) if i in (0, count - 1) else []
+        delta, own, error = _extract(plan, f"[{i}]", before[i], after[i], strips)
+        deltas.append(delta)
+        checksum = _C.crc32c_combine(checksum, own, before[i].nbytes)
+        wrong, total = wrong + error[0], total + error[1]
+    return deltas, checksum, (wrong, total)
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype and shape have the same bytes."""
+    x, y = _flat(a), _flat(b)
+    step = COMPARED_BYTES
+    return x.size == y.size and all(
+        np.array_equal(x[at : at + step], y[at : at + step]) for at in range(0, x.size, step)
+    )
+
+
+def _flat(tensor: Tensor) -> np.ndarray:
+    return tensor.array().view(np.ndarray).reshape(-1).view(np.uint8)
+
+
+def _key(plans: list[Plan], prints: dict[str, str], checkpoints: tuple[Checkpoint, ...]) -> dict[str, str]:
+    """What the result depends on: the plans, the tensors' fingerprints, the files' sizes and times."""
+    from . import __version__
+
+    status = [path.stat() for checkpoint in checkpoints for path in checkpoint.weights]
+    about = [
+        [[plan.name, plan.entry, prints.get(plan.name)] for plan in plans],
+        [[str(checkpoint.root.resolve()) for checkpoint in checkpoints]],
+        [[file.st_size, file.st_mtime_ns] for file in status],
+    ]
+    return {"version": __version__, "inputs": hashlib.sha256(json.dumps(about).encode()).hexdigest()}
+
+
+def _read_bytes(plan: Plan) -> int:
+    return plan.finetuned.nbytes + (plan.base.nbytes if plan.base is not None else 0)
+
+
+def _bar(plans: list[Plan], progress: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    total = sum(map(_read_bytes, plans))
+    return tqdm(total=total, unit="B", unit_scale=True, desc="compress", disable=not progress)
+
+
+def _size(plans: list[Plan]) -> int:
+    return sum(plan.nbytes + CONFIG_BYTES_PER_TENSOR for plan in plans)
+
+
+def _estimate(plans: list[Plan], absent: list[str], out_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Sizes from the plans; time from one extraction of at most TIMED_BYTES of the largest pair."""
+    size, total = _size(plans), sum(stored_bytes(plan.entry) for plan in plans)
+    packed = [plan for plan in plans if "planes" in plan.entry]
+    read = sum(map(_read_bytes, plans))
+    report = {
+        "dry_run": True,
+        "out": str(out_dir),
+        **_counts(plans, absent),
+        "bytes": size,
+        "finetuned_bytes": total,
+        "factor": total / size if size else None,
+        "memory_bytes": 2 * max((plan.nbytes for plan in packed), default=0) + (64 << 20),
+        "read_bytes": read,
+    }
+    if packed:
+        report["seconds"] = round(read * _seconds_per_byte(max(packed, key=_read_bytes)), 3)
+    return report
+
+
+def _seconds_per_byte(plan: Plan) -> float:
+    assert plan.base is not None
+    before, after = plan.base.array(), plan.finetuned.array()
+    if after.ndim == 3:
+        before, after = before[0], after[0]
+    rows = max(1, min(before.shape[0], after.shape[0], TIMED_BYTES // (before[0].nbytes + after[0].nbytes)))
+    before, after = before[:rows], after[:rows]
+    start = time.perf_counter()
+    _extract(plan, "", before, after, [])
+    return (time.perf_counter() - start) / (before.nbytes + after.nbytes)
+
+
+def _counts(plans: list[Plan], absent: list[str]) -> dict[str, Any]:
+    extra = [plan.name for plan in plans if plan.base is None and plan.entry["form"] != "tied"]
+    return {
+        "tensors": len(plans),
+        "parameters": sum(parameters(plan.entry) for plan in plans),
+        "extra": extra,
+        "absent": absent,
+    }
+
+
+def _report(
+    plans: list[Plan], absent: list[str], out_dir: str | os.PathLike[str], seconds: float
+) -> dict[str, Any]:
+    """What `info` reads back from the folder, without the table of tensors, and how long it took."""
+    from .info import info
+
+    found = info(out_dir)
+    errors = [tensor for tensor in found["tensors"] if tensor["relative_error"] is not None]
+    count = sum(tensor["parameters"] for tensor in errors)
+    worst = max(errors, key=lambda tensor: tensor["relative_error"], default=None)
+    read = sum(map(_read_bytes, plans))
+    return {
+        "out": str(out_dir),
+        **_counts(plans, absent),
+        "forms": found["forms"],
+        "bytes": found["bytes"],
+        "finetuned_bytes": found["finetuned_bytes"],
+        "bits_per_parameter": found["bits_per_parameter"],
+        "factor": found["factor"],
+        "unit": found["unit"],
+        "relative_error": sum(t["relative_error"] * t["parameters"] for t in errors) / count if count else None,
+        "largest_error": None if worst is None else f"{worst['name']} {worst['relative_error']:.4f}",
+        "threads": threads.get_num_threads(),
+        "seconds": round(seconds, 3),
+        "gb_per_second": round(read / seconds / 1e9, 3),
+    }

@@ -1,0 +1,453 @@
+"""Writes a packed delta tensor by tensor; the folder appears whole, or not at all.
+
+    .NAME.partial/journal       one JSON line for what is made of what, then one per finished tensor
+    .NAME.partial/signs-1       the file to be: room for the header, then the signs
+    .NAME.partial/rest-1        scales and whole tensors, in the order they came
+    NAME/                       at the end: rest appended to signs by falling alignment, header, config, card; renamed
+
+The safetensors format has no holes and its header comes first, so room for it is kept from the names and shapes that
+may come; it is padded with spaces. A killed writer leaves its partial folder. A writer with the same `key` takes
+over the tensors whose checksums are good, so the result has the same bytes as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .card import model_card
+from .delta import Delta
+from .folder import PendingFolder, full_disk, refuse_inside, write_all
+from .packfile import ALIGNMENT, CARD, CONFIG, FORMAT_VERSION, INDEX, MODEL, PACKED, Spec, is_plain, keys_of, spec_bytes
+from .tensor import DTYPES
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+
+MAX_SHARD_BYTES = 40 << 30  # below the 50 GB that the Hub allows a file
+CODES = {np.dtype(kind): code for code, (_, kind) in DTYPES.items() if kind and code != "BF16"}
+
+
+class PackfileWriter:
+    """Context manager; on leaving it the folder `out_dir` is there, or after an exception nothing is.
+
+    Args:
+        out_dir: the folder to write; it must not exist.
+        base: the base's checkpoint.
+        config: the fine-tune's config.json, where it is not one of `files`.
+        files: the fine-tune's other files, name -> path; default the base's. Those that differ travel.
+        finetuned: id, revision and name of the fine-tune, for the config and the card.
+        names: what `add` may be called with besides the base's names: name -> entry, or None for any form.
+        absent: names of the base that the fine-tune does not have.
+        key: what the result depends on, as JSON; a partial folder with the same key is taken over.
+        max_shard_bytes: a file is closed when it holds so much.
+
+    Raises:
+        FileExistsError, ValueError: `out_dir` exists, or lies in the base's folder.
+        bitdelta.Error: another process writes to it now.
+        OSError: it cannot be written.
+    """
+
+    def __init__(
+        self,
+        out_dir: str | os.PathLike[str],
+        base: Checkpoint,
+        config: dict[str, Any] | None = None,
+        files: Mapping[str, Path] | None = None,
+        *,
+        finetuned: Mapping[str, str | None] | None = None,
+        names: Mapping[str, Mapping[str, Any] | None] | None = None,
+        absent: Iterable[str] = (),
+        key: Any = None,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ) -> None:
+        self.base = base
+        self.out_dir = Path(out_dir)
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.absent = list(absent)
+        self.finetuned = dict(finetuned or {})
+        self._config = config
+        self._files = dict(base.files if files is None else files)
+        self._key = {"format_version": FORMAT_VERSION, "key": key, "max_shard_bytes": max_shard_bytes}
+        self._names: dict[str, Mapping[str, Any] | None] = dict.fromkeys(base) if names is None else dict(names)
+        self._room = _room(base, self._names)
+        self._max = max_shard_bytes
+        self._shards: list[_Shard] = []
+
+    def __enter__(self) -> PackfileWriter:
+        refuse_inside(self.out_dir, self.base.root)
+        self._folder = PendingFolder(self.out_dir)
+        try:
+            if self._key["key"] is None or not self._resume():
+                self._start()
+        except BaseException:
+            self._close()
+            self._folder.discard()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        except OSError as failure:
+            kind = type(failure)
+            raise full_disk(failure, self.out_dir) from failure
+        except BaseException as failure:
+            kind = type(failure)
+            raise
+        finally:
+            self._close()
+            if kind is not None:
+                self._folder.discard()
+        if isinstance(error, OSError):
+            told = full_disk(error, self.out_dir)
+            if told is not error:
+                raise told from error
+
+    def add(self, name: str, value: Any, *, rows: np.ndarray | None = None, **about: Any) -> dict[str, Any]:
+        """Writes one tensor.
+
+        Args:
+            name: the tensor's name in the fine-tune; each once.
+            value: Delta, a sequence of Deltas (a stack of matrices), an array (stored whole), or None (the same as
+                the base's).
+            rows: [A, K], the fine-tune's rows below those of the Delta.
+            about: what else the entry says: dtype (of the fine-tune; default the base's or the array's), shape,
+                base_crc32c, relative_error; tied_to, which makes the tensor tied (value None).
+
+        Returns:
+            The tensor's entry.
+        """
+        if name in self.entries:
+            raise ValueError(f"add: {name} is already there")
+        if name not in self._names:
+            raise ValueError(f"add: {name} is not a tensor of the base, nor one of `names`")
+        entry, arrays = self._describe(name, value, rows, about)
+        keys = keys_of(name, entry)
+        digest = hashlib.sha256()
+        shard = self._shard(sum(map(spec_bytes, keys.values())))
+        for (key, spec), array in zip(keys.items(), arrays, strict=True):
+            data = _bytes(key, spec, array)
+            digest.update(data)
+            shard.append(key, spec, data)
+        if keys:
+            entry["sha256"] = digest.hexdigest()
+        self._log({"name": name, "shard": len(self._shards), "entry": entry})
+        self.entries[name] = entry
+        return entry
+
+    def _describe(
+        self, name: str, value: Any, rows: np.ndarray | None, about: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[np.ndarray]]:
+        """The entry without its checksum, and the arrays in the order of keys_of."""
+        base = self.base.get(name)
+        entry: dict[str, Any] = {}
+        if value is None and about.get("tied_to") is None and base is None:
+            raise ValueError(f"add: {name} is not a tensor of the base; nothing to be the same as")
+        if value is None:
+            other = self.entries[about["tied_to"]] if "tied_to" in about else None
+            entry["form"] = "same" if other is None else "tied"
+            shape, dtype = (base.shape, base.dtype) if other is None else (other["shape"], other["dtype"])
+            arrays = []
+        elif isinstance(value, Delta) or isinstance(value, (list, tuple)):
+            stack = [value] if isinstance(value, Delta) else list(value)
+            first = stack[0]
+            n, k = first.shape
+            shape = (n, k) if isinstance(value, Delta) else (len(stack), n, k)
+            dtype = base.dtype if base is not None else "F32"
+            entry |= {"form": first.form, "planes": first.planes}
+            arrays = [np.stack(part) if len(stack) > 1 or len(shape) == 3 else part[0] for part in _parts(stack)]
+            if rows is not None:
+                shape = (n + rows.shape[0], k)
+                entry["rows"] = int(rows.shape[0])
+                arrays.append(rows)
+        else:
+            entry["form"], shape, dtype, arrays = "whole", value.shape, None, [value]
+            dtype = about.get("dtype") or _code(name, value)
+        entry["shape"] = list(about.pop("shape", shape))
+        entry["dtype"] = about.pop("dtype", None) or dtype
+        entry["bytes"] = sum(map(spec_bytes, keys_of(name, entry).values()))
+        if entry["form"] in (*PACKED, "same"):
+            entry["fingerprint"] = base.fingerprint()
+        entry |= {field: fact for field, fact in about.items() if fact is not None}
+        return entry, arrays
+
+    def _shard(self, size: int) -> _Shard:
+        if self._shards and self._shards[-1].size + size <= self._max:
+            return self._shards[-1]
+        if self._shards and not self._shards[-1].keys:
+            return self._shards[-1]
+        self._shards.append(_Shard(self._folder.path, len(self._shards) + 1, self._room))
+        return self._shards[-1]
+
+    def _start(self) -> None:
+        self._folder.clear()
+        self._journal = open(self._folder.path / "journal", "wb", buffering=0)
+        self._log(self._key)
+        self._shard(0)
+
+    def _log(self, line: dict[str, Any]) -> None:
+        write_all(self._journal.fileno(), memoryview(json.dumps(line).encode() + b"\n"))
+
+    def _resume(self) -> bool:
+        """Takes over the finished tensors of a dead writer with the same key; False if there are none."""
+        path = self._folder.path / "journal"
+        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+        if len(lines) < 2 or json.loads(lines[0]) != json.loads(json.dumps(self._key)):
+            return False
+        good = len(lines[0]) + 1
+        self._shards = [_Shard(self._folder.path, 1, self._room)]
+        for line in lines[1:]:
+            try:
+                if not self._take_over(json.loads(line)):
+                    break
+            except (ValueError, KeyError, TypeError):  # a journal that the machine lost half of
+                break
+            good += len(line) + 1
+        for stale in self._folder.path.glob("*-*"):
+            if int(stale.name.rpartition("-")[2]) > len(self._shards):
+                stale.unlink()
+        for shard in self._shards:
+            shard.truncate()
+        self._journal = open(path, "r+b", buffering=0)
+        self._journal.truncate(good)
+        self._journal.seek(good)
+        return True
+
+    def _take_over(self, line: dict[str, Any]) -> bool:
+        """Whether the tensor's bytes are on the disk as the journal says."""
+        if line["shard"] > len(self._shards):
+            self._shards.append(_Shard(self._folder.path, line["shard"], self._room))
+        shard, entry = self._shards[-1], line["entry"]
+        keys = keys_of(line["name"], entry)
+        digest = hashlib.sha256()
+        before = shard.position()
+        for key, spec in keys.items():
+            shard.skip(key, spec, digest)
+        if keys and digest.hexdigest() != entry["sha256"]:
+            shard.back(before)
+            return False
+        self.entries[line["name"]] = entry
+        return True
+
+    def _finish(self) -> None:
+        path = self._folder.path
+        for entry in path.iterdir():  # what an interrupted finish left
+            if entry.name != "journal" and not entry.name.startswith(("signs-", "rest-")):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        names = [MODEL]
+        if len(self._shards) > 1:
+            count = len(self._shards)
+            names = [f"delta_model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+            weight_map = {key: name for shard, name in zip(self._shards, names, strict=True) for key in shard.keys}
+            total = sum(shard.size for shard in self._shards)
+            _write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        for shard in self._shards:
+            shard.assemble()
+        config = {
+            "format_version": FORMAT_VERSION,
+            "tool_version": _version(),
+            "base": {"id": self.base.id, "revision": self.base.revision, "name": self.base.root.resolve().name},
+            "finetuned": self.finetuned,
+            "files": self._copy_files(path),
+            "absent": self.absent,
+            "tensors": self.entries,
+        }
+        _write_json(path / CONFIG, config)
+        size = sum(file.stat().st_size for file in path.iterdir() if file.name.startswith(("delta_", "signs-")))
+        (path / CARD).write_text(model_card(config, size), encoding="utf-8")
+        (path / "journal").unlink()  # from here on a successor starts anew
+        for shard, name in zip(self._shards, names, strict=True):
+            shard.rest_path.unlink()
+            shard.signs_path.rename(path / name)
+        self._close()
+        self._folder.publish()
+
+    def _copy_files(self, path: Path) -> dict[str, dict[str, str]]:
+        """Copies the fine-tune's files that differ from the base's; where each file of the fine-tune is found."""
+        found: dict[str, dict[str, str]] = {}
+        contents = {name: source.read_bytes() for name, source in self._files.items() if is_plain(name)}
+        if self._config is not None and self._config != self.base.config:
+            contents["config.json"] = (json.dumps(self._config, indent=2) + "\n").encode()
+        for name, content in sorted(contents.items()):
+            digest = hashlib.sha256(content).hexdigest()
+            at_base = self.base.files.get(name)
+            is_same = at_base is not None and hashlib.sha256(at_base.read_bytes()).hexdigest() == digest
+            found[name] = {"from": "base" if is_same else "delta", "sha256": digest}
+            if not is_same:
+                (path / name).parent.mkdir(exist_ok=True)
+                (path / name).write_bytes(content)
+        return found
+
+    def _close(self) -> None:
+        for shard in self._shards:
+            shard.close()
+        if hasattr(self, "_journal"):
+            self._journal.close()
+
+
+class _Shard:
+    """One file being written: signs in place behind the room for the header, the rest in a second file."""
+
+    def __init__(self, folder: Path, number: int, room: int) -> None:
+        self.start = room  # of the data
+        self.keys: dict[str, Spec] = {}
+        self.signs_bytes = self.rest_bytes = 0
+        self.signs_path, self.rest_path = folder / f"signs-{number}", folder / f"rest-{number}"
+        self.signs = os.open(self.signs_path, os.O_RDWR | os.O_CREAT, 0o666)
+        self.rest = os.open(self.rest_path, os.O_RDWR | os.O_CREAT, 0o666)
+        os.lseek(self.signs, self.start, os.SEEK_SET)
+
+    @property
+    def size(self) -> int:
+        return self.signs_bytes + self.rest_bytes
+
+    def append(self, key: str, spec: Spec, data: memoryview) -> None:
+        write_all(self.signs if _is_sign(key, spec) else self.rest, data)
+        self._count(key, spec)
+
+    def skip(self, key: str, spec: Spec, digest: Any) -> None:
+        """Counts what a dead writer has written, and hashes it."""
+        is_sign, left = _is_sign(key, spec), spec_bytes(spec)
+        file, at = (self.signs, self.start + self.signs_bytes) if is_sign else (self.rest, self.rest_bytes)
+        while left:
+            piece = os.pread(file, min(left, 1 << 22), at)
+            if not piece:
+                break
+            digest.update(piece)
+            at, left = at + len(piece), left - len(piece)
+        self._count(key, spec)
+
+    def position(self) -> tuple[int, int, int]:
+        return len(self.keys), self.signs_bytes, self.rest_bytes
+
+    def back(self, position: tuple[int, int, int]) -> None:
+        count, self.signs_bytes, self.rest_bytes = position
+        self.keys = dict(list(self.keys.items())[:count])
+
+    def truncate(self) -> None:
+        for file, end in ((self.signs, self.start + self.signs_bytes), (self.rest, self.rest_bytes)):
+            os.ftruncate(file, end)
+            os.lseek(file, end, os.SEEK_SET)
+
+    def assemble(self) -> None:
+        """Makes the safetensors file: signs, then the rest by falling alignment, then the header in its room."""
+        self.truncate()
+        places, at = {}, 0
+        for key, spec in self.keys.items():
+            if not _is_sign(key, spec):
+                places[key] = at
+                at += spec_bytes(spec)
+        order = sorted(self.keys, key=lambda key: _rank(key, self.keys[key]))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", "bitdelta_format": str(FORMAT_VERSION)}}
+        end = 0
+        for key in order:
+            dtype, shape = self.keys[key]
+            begin, end = end, end + spec_bytes((dtype, shape))
+            header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+            if key in places:
+                _copy(self.rest, places[key], self.signs, end - begin)
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= self.start - 8, "the header outgrew its room"
+        os.lseek(self.signs, 0, os.SEEK_SET)
+        write_all(self.signs, memoryview(struct.pack("<Q", self.start - 8) + text.ljust(self.start - 8)))
+
+    def close(self) -> None:
+        for file in (self.signs, self.rest):
+            if file >= 0:
+                os.close(file)
+        self.signs = self.rest = -1
+
+    def _count(self, key: str, spec: Spec) -> None:
+        self.keys[key] = spec
+        if _is_sign(key, spec):
+            self.signs_bytes += spec_bytes(spec)
+        else:
+            self.rest_bytes += spec_bytes(spec)
+
+
+def _is_sign(key: str, spec: Spec) -> bool:
+    return spec[0] == "U32" and key.endswith(".sign") and len(spec[1]) >= 4 and spec[1][-1] == 16
+
+
+def _rank(key: str, spec: Spec) -> int:
+    """Signs first, then by the elements' alignment; sorting keeps the order of arrival within a rank."""
+    return 0 if _is_sign(key, spec) else 9 - max(1, DTYPES[spec[0]][0] // 8)
+
+
+def _copy(source: int, at: int, target: int, left: int) -> None:
+    """Bytes from one file to the end of another."""
+    while left:
+        piece = os.pread(source, min(left, 1 << 22), at)
+        if not piece:
+            raise OSError("a file was cut while it was being written")
+        write_all(target, memoryview(piece))
+        at, left = at + len(piece), left - len(piece)
+
+
+def _parts(stack: list[Delta]) -> list[list[np.ndarray]]:
+    """Signs, scales and columns of the matrices of a stack, as the file stores them."""
+    form = stack[0].form
+    if any((d.form, d.planes, d.shape) != (form, stack[0].planes, stack[0].shape) for d in stack):
+        raise ValueError("add: the matrices of a stack differ in form, planes or shape")
+    parts = [[d.sign for d in stack], [d.scale[:, 0] if form == "tensor" else d.scale for d in stack]]
+    if form == "rank1":
+        parts.append([d.column for d in stack if d.column is not None])
+    return parts
+
+
+def _bytes(key: str, spec: Spec, array: np.ndarray) -> memoryview:
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    if flat.nbytes != spec_bytes(spec):
+        raise ValueError(f"add: {key}: expected {spec[0]} {list(spec[1])}, got {array.dtype} {list(array.shape)}")
+    return memoryview(flat)
+
+
+def _code(name: str, array: np.ndarray) -> str:
+    """The safetensors code of an array's dtype."""
+    if getattr(array, "__bitdelta_dtype__", array.dtype.name) == "bfloat16":
+        return "BF16"
+    code = CODES.get(array.dtype)
+    if code is None:
+        raise TypeError(f"add: {name}: a tensor of {array.dtype} has no place in a safetensors file")
+    return code
+
+
+def _room(base: Checkpoint, names: Mapping[str, Mapping[str, Any] | None]) -> int:
+    """Where the data start: an upper bound of the header, up to the next multiple of 64 bytes."""
+    specs: dict[str, Spec] = {}
+    for name, entry in names.items():
+        if entry is None:
+            shape, added = base[name].shape, 0
+            form = "rank1" if len(shape) in (2, 3) and all(shape) else "whole"
+            entry = {"form": form, "planes": 8, "shape": shape, "dtype": base[name].dtype}
+            if len(shape) == 2:
+                added = shape[0]  # a grown vocabulary
+                entry |= {"shape": (shape[0] + added, shape[1]), "rows": added}
+        specs |= keys_of(name, entry)
+    end = 2 * sum(map(spec_bytes, specs.values())) + 1
+    header = {
+        key: {"dtype": "F8_E4M3FNUZ", "shape": list(shape), "data_offsets": [end, end]}
+        for key, (_, shape) in specs.items()
+    }
+    text = json.dumps({"__metadata__": "x" * 64, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+    return -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _version() -> str:
+    from . import __version__
+
+    return f"bitdelta {__version__}"

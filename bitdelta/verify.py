@@ -1,0 +1,173 @@
+"""Checks a packed delta against its own checksums, against its base and, if given, against the fine-tune.
+
+    the delta       SHA-256 of every tensor and file
+    the base        fingerprint (16 samples) and CRC-32C (every byte) of every tensor that the delta needs
+    the fine-tune   names, shapes, dtypes; whole and identical tensors byte by byte; the relative error of the others
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import _C
+from .checkpoint import Checkpoint, open_checkpoint
+from .delta import Delta
+from .error import relative, sample, squared_errors
+from .errors import FormatError
+from .hub import resolve
+from .packfile import CONFIG, PACKED, Packfile, keys_of, load
+
+SAME_ERROR = 0.01  # relative: the sample's error repeats to rounding, another fine-tune's differs
+
+
+def verify(
+    delta: str | os.PathLike[str], base: str | os.PathLike[str], finetuned: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
+    """Reads everything and says what is wrong.
+
+    Args:
+        delta: the packed delta, a folder or Hub id.
+        base: the checkpoint that it should belong to.
+        finetuned: the fine-tune that it was made from.
+
+    Returns:
+        A dict that JSON can hold: `ok`, `reasons` (texts; empty when ok), `checked_bytes`, and with `finetuned`
+        `relative_error` (over all tensors with signs), `largest_error` and `errors` per tensor.
+
+    Raises:
+        bitdelta.FormatError, bitdelta.Error, OSError: a folder that is no packed delta or no checkpoint at all.
+    """
+    start = time.perf_counter()
+    reasons: list[str] = []
+    report: dict[str, Any] = {"ok": False, "reasons": reasons, "delta": str(delta), "base": str(base)}
+    source = open_checkpoint(base)
+    target = None if finetuned is None else open_checkpoint(finetuned)
+    try:
+        packfile = load(delta)
+    except FormatError as error:
+        if not (resolve(delta).root / CONFIG).is_file():
+            raise
+        reasons.append(str(error))  # it claims to be one, and is damaged
+        return report
+    checked = _check_delta(packfile, reasons) + _check_base(packfile, source, reasons)
+    report |= {"tensors": len(packfile), "checked_bytes": checked}
+    if target is not None and not reasons:
+        report |= _check_finetuned(packfile, source, target, reasons)
+    report |= {"ok": not reasons, "seconds": round(time.perf_counter() - start, 3)}
+    return report
+
+
+def _check_delta(packfile: Packfile, reasons: list[str]) -> int:
+    checked = 0
+    for name, entry in packfile.entries.items():
+        keys = keys_of(name, entry)
+        digest = hashlib.sha256()
+        for key in keys:
+            tensor = packfile.tensors[key]
+            digest.update(_flat(tensor.array()))
+            checked += tensor.nbytes
+            tensor.release()
+        if keys and digest.hexdigest() != entry["sha256"]:
+            reasons.append(f"{name}: its bytes in {packfile.root} do not have the SHA-256 of {CONFIG}")
+    for name, path in packfile.files().items():
+        if not path.is_file() or not _has_sha256(path, packfile.config["files"][name]["sha256"]):
+            reasons.append(f"{path} is missing or has changed")
+    return checked
+
+
+def _check_base(packfile: Packfile, base: Checkpoint, reasons: list[str]) -> int:
+    checked = 0
+    for name, entry in packfile.entries.items():
+        if not packfile.has_base(name, base):
+            which = "has other values" if name in base else "is missing"
+            reasons.append(f"{name} {which} in {base.root}; the delta was made from another base")
+        elif "base_crc32c" in entry:
+            used = _flat(base[name].array())
+            if entry.get("form") in PACKED and len(entry["shape"]) == 2:
+                rows = entry["shape"][0] - entry.get("rows", 0)
+                used = used[: rows * entry["shape"][1] * base[name].array().itemsize]
+            if _C.crc32c(used) != entry["base_crc32c"]:
+                reasons.append(f"{name} in {base.root} does not have the CRC-32C of {CONFIG}")
+            checked += used.nbytes
+            base[name].release()
+    for name, about in packfile.config.get("files", {}).items():
+        if about["from"] == "base":
+            path = base.files.get(name)
+            if path is None or not _has_sha256(path, about["sha256"]):
+                reasons.append(f"{base.root / name} is missing or has changed since the delta was made")
+    return checked
+
+
+def _check_finetuned(
+    packfile: Packfile, base: Checkpoint, target: Checkpoint, reasons: list[str]
+) -> dict[str, Any]:
+    errors: dict[str, float] = {}
+    wrong = total = 0.0
+    for name in sorted(set(packfile) ^ set(target)):
+        reasons.append(f"{name} is in {'the delta' if name in packfile else 'the fine-tune'} only")
+    for name, entry in packfile.entries.items():
+        if name not in target:
+            continue
+        tensor = target[name]
+        if (list(tensor.shape), tensor.dtype) != (entry["shape"], entry["dtype"]):
+            reasons.append(
+                f"{name}: {tensor.dtype} {list(tensor.shape)} in the fine-tune, "
+                f"{entry['dtype']} {entry['shape']} in the delta"
+            )
+        elif entry["form"] in PACKED:
+            sums, sampled = _errors(packfile, base, name, tensor.array())
+            errors[name] = relative(*sums)
+            wrong, total = wrong + sums[0], total + sums[1]
+            known = entry.get("relative_error")
+            if known is not None and not math.isclose(sampled, known, rel_tol=SAME_ERROR, abs_tol=1e-4):
+                reasons.append(f"{name}: relative error {sampled:.6f}, {known:.6f} when it was made")
+            rows = packfile.rows(name)
+            if rows is not None and not _equal(rows, tensor.array()[-rows.shape[0] :]):
+                reasons.append(f"{name}: its added rows are not the fine-tune's")
+        elif entry["form"] != "tied":
+            kept = packfile[name]
+            if not _equal(base[name].array() if kept is None else kept, tensor.array()):
+                reasons.append(f"{name}: not the fine-tune's values")
+        tensor.release()
+    worst = max(errors, key=lambda name: errors[name], default=None)
+    return {
+        "finetuned": str(target.root),
+        "relative_error": relative(wrong, total) if errors else None,
+        "largest_error": None if worst is None else f"{worst} {errors[worst]:.4f}",
+        "errors": errors,
+    }
+
+
+def _errors(
+    packfile: Packfile, base: Checkpoint, name: str, after: np.ndarray
+) -> tuple[tuple[float, float], float]:
+    """The two sums over all rows, and the relative error of the sample that compress takes."""
+    value, before = packfile[name], base[name].array()
+    deltas = [value] if isinstance(value, Delta) else list(value or ())
+    pairs = [(before, after)] if isinstance(value, Delta) else list(zip(before, after, strict=True))
+    sums, sampled = np.zeros(2), np.zeros(2)
+    for i, (delta, (b, f)) in enumerate(zip(deltas, pairs, strict=True)):
+        strips = delta.sign.shape[1]
+        sums += squared_errors(b, f, delta, range(strips))
+        if i in (0, len(deltas) - 1):
+            sampled += squared_errors(b, f, delta, sample(delta.shape))
+    return (float(sums[0]), float(sums[1])), relative(float(sampled[0]), float(sampled[1]))
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.array_equal(_flat(a), _flat(b))
+
+
+def _flat(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).view(np.ndarray).reshape(-1).view(np.uint8)
+
+
+def _has_sha256(path: Path, digest: str) -> bool:
+    return hashlib.sha256(path.read_bytes()).hexdigest() == digest
