@@ -29,10 +29,15 @@ except ImportError as error:
 
 from . import reference
 from .array import as_bfloat16
+from .compress import compress
 from .delta import Delta, extract
 from .errors import BaseMismatchError, DeviceError, Error, FormatError
+from .import_diff import import_diff
 from .linear import linear, linear_add, linear_transposed
+from .merge import merge
+from .packfile import load
 from .threads import get_num_threads, set_num_threads
+from .verify import verify
 
 __version__ = "0.1.0"
 
@@ -43,13 +48,18 @@ __all__ = [
     "Error",
     "FormatError",
     "as_bfloat16",
+    "compress",
     "extract",
     "get_num_threads",
+    "import_diff",
     "linear",
     "linear_add",
     "linear_transposed",
+    "load",
+    "merge",
     "reference",
     "set_num_threads",
+    "verify",
 ]
 
 _LATER = ("DeltaModel", "calibrate", "distill")

@@ -34,13 +34,18 @@ def model_card(config: dict[str, Any], delta_bytes: int) -> str:
     lines = ["---", "library_name: bitdelta", "tags:", "- bitdelta"]
     if base["id"] and _HUB_ID.fullmatch(base["id"]):
         lines += [f"base_model: {base['id']}", "base_model_relation: adapter"]
-    lines += ["---", "", f"# {_text(finetuned.get('id') or finetuned.get('name') or 'A fine-tune')}, as a delta", ""]
+    lines += [
+        "---",
+        "",
+        f"# {_text(finetuned.get('id') or finetuned.get('name') or 'A fine-tune')}, as a delta",
+        "",
+    ]
     revision = f" at revision `{base['revision']}`" if base["revision"] else ""
     lines += [
         f"What a full fine-tune changed in `{_text(base_name)}`{revision}, stored as sign bits and scales by",
         f"{config['tool_version']} (format version {config['format_version']}).",
         "",
-        f"{delta_bytes:,} bytes, against {finetuned_bytes:,} bytes of the fine-tune's tensors: "
+        f"{delta_bytes:,} bytes, against {finetuned_bytes:,} bytes of the fine-tune's tensors:",
         f"{finetuned_bytes / max(delta_bytes, 1):.1f} times smaller.",
         "",
         "| tensors | parameters | how |",

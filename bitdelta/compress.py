@@ -78,15 +78,18 @@ def compress(
         return _estimate(plans, absent, out_dir)
     refuse_full(out_dir, _size(plans))
     prints = {plan.name: plan.base.fingerprint() for plan in plans if plan.base is not None}
-    with PackfileWriter(
-        out_dir,
-        source,
-        files=target.files,
-        finetuned={"id": target.id, "revision": target.revision, "name": target.root.resolve().name},
-        names={plan.name: plan.entry for plan in plans},
-        absent=absent,
-        key=_key(plans, prints, (source, target)),
-    ) as writer, _bar(plans, progress) as bar:
+    with (
+        PackfileWriter(
+            out_dir,
+            source,
+            files=target.files,
+            finetuned={"id": target.id, "revision": target.revision, "name": target.root.resolve().name},
+            names={plan.name: plan.entry for plan in plans},
+            absent=absent,
+            key=_key(plans, prints, (source, target)),
+        ) as writer,
+        _bar(plans, progress) as bar,
+    ):
         for plan in plans:
             if plan.name not in writer.entries:
                 _add(writer, plan, prints.get(plan.name))
@@ -270,7 +273,9 @@ def _report(
         "bits_per_parameter": found["bits_per_parameter"],
         "factor": found["factor"],
         "unit": found["unit"],
-        "relative_error": sum(t["relative_error"] * t["parameters"] for t in errors) / count if count else None,
+        "relative_error": sum(t["relative_error"] * t["parameters"] for t in errors) / count
+        if count
+        else None,
         "largest_error": None if worst is None else f"{worst['name']} {worst['relative_error']:.4f}",
         "threads": threads.get_num_threads(),
         "seconds": round(seconds, 3),

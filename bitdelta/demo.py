@@ -66,7 +66,7 @@ class Evaluation:
     sample_tokens: int = 48
 
 
-SMALL = Settings(32, 64, 1, 2, 1, 300, 32, 2, 2, 2, text_bytes=20_000)  # for tests: seconds, poor text
+SMALL = Settings(64, 128, 1, 2, 1, 300, 32, 2, 2, 2, text_bytes=20_000)  # for tests: seconds, poor text
 
 
 def run(

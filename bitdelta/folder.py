@@ -74,7 +74,9 @@ class PendingFolder:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(descriptor)
-                raise Error(f"{self.target}: another process is writing it now (in {self.path.name})") from None
+                raise Error(
+                    f"{self.target}: another process is writing it now (in {self.path.name})"
+                ) from None
             except OSError as error:
                 if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.EBADF, errno.ENOSYS):
                     raise  # those: a file system without locks, where two writers are the user's to avoid

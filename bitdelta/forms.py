@@ -124,10 +124,8 @@ def _added_rows(base: Tensor, finetuned: Tensor, sizes: tuple[set[int], set[int]
 def _tied_to(name: str, base: Checkpoint, finetuned: Checkpoint) -> str | None:
     """The first name of the same bytes, unless the base keeps the two apart."""
     first = finetuned.aliases.get(name)
-    if first is not None and name in base:
-        if base.aliases.get(name, name) != base.aliases.get(first, first):
-            return None
-    return first
+    apart = name in base and base.aliases.get(name, name) != base.aliases.get(first or "", first)
+    return None if apart else first
 
 
 def _refuse_renamed(base: Checkpoint, finetuned: Checkpoint, absent: list[str], whole: Sequence[str]) -> None:

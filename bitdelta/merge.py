@@ -90,7 +90,9 @@ def merge(
 
 def _write(folder: Path, packfile: Packfile, base: Checkpoint, shards: list[list[str]], bar: Any) -> None:
     width = max((_nbytes(packfile.entries[name]) for name in packfile), default=0)
-    buffer = np.empty(width, np.uint8)  # of every expanded tensor in turn; pages that are not used cost nothing
+    buffer = np.empty(
+        width, np.uint8
+    )  # of every expanded tensor in turn; pages that are not used cost nothing
     count = len(shards)
     names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     if count == 1:

@@ -194,7 +194,9 @@ class Packfile(Mapping[str, Any]):
 
     def _untied(self, name: str) -> tuple[str, dict[str, Any]]:
         entry = self.entries[name]
-        return (entry["tied_to"], self.entries[entry["tied_to"]]) if entry["form"] == "tied" else (name, entry)
+        return (
+            (entry["tied_to"], self.entries[entry["tied_to"]]) if entry["form"] == "tied" else (name, entry)
+        )
 
     def _scales(self, name: str, entry: dict[str, Any], n: int) -> tuple[np.ndarray, np.ndarray | None]:
         if entry["form"] == "rank1":
@@ -215,7 +217,9 @@ def _read_files(root: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in weight_map.values():
         if not isinstance(file, str) or not SHARD.fullmatch(file):
-            raise FormatError(f"{root / INDEX}: expected delta_model-*-of-*.safetensors, got {str(file)[:200]!r}")
+            raise FormatError(
+                f"{root / INDEX}: expected delta_model-*-of-*.safetensors, got {str(file)[:200]!r}"
+            )
     for file in dict.fromkeys(weight_map.values()):
         for key, tensor in read_safetensors(contained(root, file))[0].items():
             if weight_map.get(key) != file:
@@ -248,7 +252,9 @@ def _check_tensors(entries: dict[str, Any], tensors: dict[str, Tensor], root: Pa
                 f"{root}: {key[:200]}: expected {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
             )
         if key.endswith(".sign") and dtype == "U32" and tensor.offset % ALIGNMENT:
-            raise FormatError(f"{root}: {key[:200]} starts at byte {tensor.offset}, not a multiple of {ALIGNMENT}")
+            raise FormatError(
+                f"{root}: {key[:200]} starts at byte {tensor.offset}, not a multiple of {ALIGNMENT}"
+            )
     unknown = next((key for key in tensors if key not in expected), None)
     if unknown is not None:
         raise FormatError(f"{root}: {unknown[:200]} is in the file but not in {CONFIG}")
@@ -285,7 +291,9 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
         raise FormatError(f"{path}: files: expected an object of name -> file")
     for name, file in files.items():
         if not is_plain(name) or not isinstance(file, dict) or file.get("from") not in ("base", "delta"):
-            raise FormatError(f"{path}: files: {name[:200]!r}: expected a file name, and `from` base or delta")
+            raise FormatError(
+                f"{path}: files: {name[:200]!r}: expected a file name, and `from` base or delta"
+            )
         if not _is_hex(file.get("sha256")):
             raise FormatError(f"{path}: files: {name[:200]!r}: sha256: expected 64 hexadecimal digits")
 

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,20 @@ import numpy as np
 from .card import model_card
 from .delta import Delta
 from .folder import PendingFolder, full_disk, refuse_inside, write_all
-from .packfile import ALIGNMENT, CARD, CONFIG, FORMAT_VERSION, INDEX, MODEL, PACKED, Spec, is_plain, keys_of, spec_bytes
+from .packfile import (
+    ALIGNMENT,
+    CARD,
+    CONFIG,
+    FORMAT_VERSION,
+    INDEX,
+    MODEL,
+    PACKED,
+    Spec,
+    is_plain,
+    keys_of,
+    spec_bytes,
+)
+from .shard import Shard
 from .tensor import DTYPES
 
 if TYPE_CHECKING:
@@ -77,12 +89,15 @@ class PackfileWriter:
         self._config = config
         self._files = dict(base.files if files is None else files)
         self._key = {"format_version": FORMAT_VERSION, "key": key, "max_shard_bytes": max_shard_bytes}
-        self._names: dict[str, Mapping[str, Any] | None] = dict.fromkeys(base) if names is None else dict(names)
+        self._names: dict[str, Mapping[str, Any] | None] = (
+            dict.fromkeys(base) if names is None else dict(names)
+        )
         self._room = _room(base, self._names)
         self._max = max_shard_bytes
-        self._shards: list[_Shard] = []
+        self._shards: list[Shard] = []
+        self._journal = -1
 
-    def __enter__(self) -> PackfileWriter:
+    def __enter__(self) -> PackfileWriter:  # noqa: PYI034 - typing.Self is Python 3.11's
         refuse_inside(self.out_dir, self.base.root)
         self._folder = PendingFolder(self.out_dir)
         try:
@@ -158,14 +173,16 @@ class PackfileWriter:
             entry["form"] = "same" if other is None else "tied"
             shape, dtype = (base.shape, base.dtype) if other is None else (other["shape"], other["dtype"])
             arrays = []
-        elif isinstance(value, Delta) or isinstance(value, (list, tuple)):
+        elif isinstance(value, (Delta, list, tuple)):
             stack = [value] if isinstance(value, Delta) else list(value)
             first = stack[0]
             n, k = first.shape
             shape = (n, k) if isinstance(value, Delta) else (len(stack), n, k)
             dtype = base.dtype if base is not None else "F32"
             entry |= {"form": first.form, "planes": first.planes}
-            arrays = [np.stack(part) if len(stack) > 1 or len(shape) == 3 else part[0] for part in _parts(stack)]
+            arrays = [
+                np.stack(part) if len(stack) > 1 or len(shape) == 3 else part[0] for part in _parts(stack)
+            ]
             if rows is not None:
                 shape = (n + rows.shape[0], k)
                 entry["rows"] = int(rows.shape[0])
@@ -181,22 +198,22 @@ class PackfileWriter:
         entry |= {field: fact for field, fact in about.items() if fact is not None}
         return entry, arrays
 
-    def _shard(self, size: int) -> _Shard:
+    def _shard(self, size: int) -> Shard:
         if self._shards and self._shards[-1].size + size <= self._max:
             return self._shards[-1]
         if self._shards and not self._shards[-1].keys:
             return self._shards[-1]
-        self._shards.append(_Shard(self._folder.path, len(self._shards) + 1, self._room))
+        self._shards.append(Shard(self._folder.path, len(self._shards) + 1, self._room))
         return self._shards[-1]
 
     def _start(self) -> None:
         self._folder.clear()
-        self._journal = open(self._folder.path / "journal", "wb", buffering=0)
+        self._open_journal(0)
         self._log(self._key)
         self._shard(0)
 
     def _log(self, line: dict[str, Any]) -> None:
-        write_all(self._journal.fileno(), memoryview(json.dumps(line).encode() + b"\n"))
+        write_all(self._journal, memoryview(json.dumps(line).encode() + b"\n"))
 
     def _resume(self) -> bool:
         """Takes over the finished tensors of a dead writer with the same key; False if there are none."""
@@ -205,7 +222,7 @@ class PackfileWriter:
         if len(lines) < 2 or json.loads(lines[0]) != json.loads(json.dumps(self._key)):
             return False
         good = len(lines[0]) + 1
-        self._shards = [_Shard(self._folder.path, 1, self._room)]
+        self._shards = [Shard(self._folder.path, 1, self._room)]
         for line in lines[1:]:
             try:
                 if not self._take_over(json.loads(line)):
@@ -218,15 +235,18 @@ class PackfileWriter:
                 stale.unlink()
         for shard in self._shards:
             shard.truncate()
-        self._journal = open(path, "r+b", buffering=0)
-        self._journal.truncate(good)
-        self._journal.seek(good)
+        self._open_journal(good)
         return True
+
+    def _open_journal(self, end: int) -> None:
+        self._journal = os.open(self._folder.path / "journal", os.O_WRONLY | os.O_CREAT, 0o666)
+        os.ftruncate(self._journal, end)
+        os.lseek(self._journal, end, os.SEEK_SET)
 
     def _take_over(self, line: dict[str, Any]) -> bool:
         """Whether the tensor's bytes are on the disk as the journal says."""
         if line["shard"] > len(self._shards):
-            self._shards.append(_Shard(self._folder.path, line["shard"], self._room))
+            self._shards.append(Shard(self._folder.path, line["shard"], self._room))
         shard, entry = self._shards[-1], line["entry"]
         keys = keys_of(line["name"], entry)
         digest = hashlib.sha256()
@@ -248,7 +268,9 @@ class PackfileWriter:
         if len(self._shards) > 1:
             count = len(self._shards)
             names = [f"delta_model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-            weight_map = {key: name for shard, name in zip(self._shards, names, strict=True) for key in shard.keys}
+            weight_map = {
+                key: name for shard, name in zip(self._shards, names, strict=True) for key in shard.keys
+            }
             total = sum(shard.size for shard in self._shards)
             _write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         for shard in self._shards:
@@ -256,14 +278,20 @@ class PackfileWriter:
         config = {
             "format_version": FORMAT_VERSION,
             "tool_version": _version(),
-            "base": {"id": self.base.id, "revision": self.base.revision, "name": self.base.root.resolve().name},
+            "base": {
+                "id": self.base.id,
+                "revision": self.base.revision,
+                "name": self.base.root.resolve().name,
+            },
             "finetuned": self.finetuned,
             "files": self._copy_files(path),
             "absent": self.absent,
             "tensors": self.entries,
         }
         _write_json(path / CONFIG, config)
-        size = sum(file.stat().st_size for file in path.iterdir() if file.name.startswith(("delta_", "signs-")))
+        size = sum(
+            file.stat().st_size for file in path.iterdir() if file.name.startswith(("delta_", "signs-"))
+        )
         (path / CARD).write_text(model_card(config, size), encoding="utf-8")
         (path / "journal").unlink()  # from here on a successor starts anew
         for shard, name in zip(self._shards, names, strict=True):
@@ -291,107 +319,9 @@ class PackfileWriter:
     def _close(self) -> None:
         for shard in self._shards:
             shard.close()
-        if hasattr(self, "_journal"):
-            self._journal.close()
-
-
-class _Shard:
-    """One file being written: signs in place behind the room for the header, the rest in a second file."""
-
-    def __init__(self, folder: Path, number: int, room: int) -> None:
-        self.start = room  # of the data
-        self.keys: dict[str, Spec] = {}
-        self.signs_bytes = self.rest_bytes = 0
-        self.signs_path, self.rest_path = folder / f"signs-{number}", folder / f"rest-{number}"
-        self.signs = os.open(self.signs_path, os.O_RDWR | os.O_CREAT, 0o666)
-        self.rest = os.open(self.rest_path, os.O_RDWR | os.O_CREAT, 0o666)
-        os.lseek(self.signs, self.start, os.SEEK_SET)
-
-    @property
-    def size(self) -> int:
-        return self.signs_bytes + self.rest_bytes
-
-    def append(self, key: str, spec: Spec, data: memoryview) -> None:
-        write_all(self.signs if _is_sign(key, spec) else self.rest, data)
-        self._count(key, spec)
-
-    def skip(self, key: str, spec: Spec, digest: Any) -> None:
-        """Counts what a dead writer has written, and hashes it."""
-        is_sign, left = _is_sign(key, spec), spec_bytes(spec)
-        file, at = (self.signs, self.start + self.signs_bytes) if is_sign else (self.rest, self.rest_bytes)
-        while left:
-            piece = os.pread(file, min(left, 1 << 22), at)
-            if not piece:
-                break
-            digest.update(piece)
-            at, left = at + len(piece), left - len(piece)
-        self._count(key, spec)
-
-    def position(self) -> tuple[int, int, int]:
-        return len(self.keys), self.signs_bytes, self.rest_bytes
-
-    def back(self, position: tuple[int, int, int]) -> None:
-        count, self.signs_bytes, self.rest_bytes = position
-        self.keys = dict(list(self.keys.items())[:count])
-
-    def truncate(self) -> None:
-        for file, end in ((self.signs, self.start + self.signs_bytes), (self.rest, self.rest_bytes)):
-            os.ftruncate(file, end)
-            os.lseek(file, end, os.SEEK_SET)
-
-    def assemble(self) -> None:
-        """Makes the safetensors file: signs, then the rest by falling alignment, then the header in its room."""
-        self.truncate()
-        places, at = {}, 0
-        for key, spec in self.keys.items():
-            if not _is_sign(key, spec):
-                places[key] = at
-                at += spec_bytes(spec)
-        order = sorted(self.keys, key=lambda key: _rank(key, self.keys[key]))
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", "bitdelta_format": str(FORMAT_VERSION)}}
-        end = 0
-        for key in order:
-            dtype, shape = self.keys[key]
-            begin, end = end, end + spec_bytes((dtype, shape))
-            header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-            if key in places:
-                _copy(self.rest, places[key], self.signs, end - begin)
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= self.start - 8, "the header outgrew its room"
-        os.lseek(self.signs, 0, os.SEEK_SET)
-        write_all(self.signs, memoryview(struct.pack("<Q", self.start - 8) + text.ljust(self.start - 8)))
-
-    def close(self) -> None:
-        for file in (self.signs, self.rest):
-            if file >= 0:
-                os.close(file)
-        self.signs = self.rest = -1
-
-    def _count(self, key: str, spec: Spec) -> None:
-        self.keys[key] = spec
-        if _is_sign(key, spec):
-            self.signs_bytes += spec_bytes(spec)
-        else:
-            self.rest_bytes += spec_bytes(spec)
-
-
-def _is_sign(key: str, spec: Spec) -> bool:
-    return spec[0] == "U32" and key.endswith(".sign") and len(spec[1]) >= 4 and spec[1][-1] == 16
-
-
-def _rank(key: str, spec: Spec) -> int:
-    """Signs first, then by the elements' alignment; sorting keeps the order of arrival within a rank."""
-    return 0 if _is_sign(key, spec) else 9 - max(1, DTYPES[spec[0]][0] // 8)
-
-
-def _copy(source: int, at: int, target: int, left: int) -> None:
-    """Bytes from one file to the end of another."""
-    while left:
-        piece = os.pread(source, min(left, 1 << 22), at)
-        if not piece:
-            raise OSError("a file was cut while it was being written")
-        write_all(target, memoryview(piece))
-        at, left = at + len(piece), left - len(piece)
+        if self._journal >= 0:
+            os.close(self._journal)
+            self._journal = -1
 
 
 def _parts(stack: list[Delta]) -> list[list[np.ndarray]]:
@@ -408,7 +338,9 @@ def _parts(stack: list[Delta]) -> list[list[np.ndarray]]:
 def _bytes(key: str, spec: Spec, array: np.ndarray) -> memoryview:
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     if flat.nbytes != spec_bytes(spec):
-        raise ValueError(f"add: {key}: expected {spec[0]} {list(spec[1])}, got {array.dtype} {list(array.shape)}")
+        raise ValueError(
+            f"add: {key}: expected {spec[0]} {list(spec[1])}, got {array.dtype} {list(array.shape)}"
+        )
     return memoryview(flat)
 
 
@@ -439,12 +371,26 @@ def _room(base: Checkpoint, names: Mapping[str, Mapping[str, Any] | None]) -> in
         key: {"dtype": "F8_E4M3FNUZ", "shape": list(shape), "data_offsets": [end, end]}
         for key, (_, shape) in specs.items()
     }
-    text = json.dumps({"__metadata__": "x" * 64, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(
+        {"__metadata__": "x" * 64, **header}, separators=(",", ":"), ensure_ascii=False
+    ).encode()
     return -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    """Objects of the second level one line each: small, and still to be read by people."""
+
+    def text(part: Any) -> str:
+        return json.dumps(part, ensure_ascii=False, allow_nan=False)
+
+    lines = []
+    for key, part in value.items():
+        if isinstance(part, dict) and any(isinstance(item, dict) for item in part.values()):
+            inner = ",\n".join(f"{text(name)}: {text(item)}" for name, item in part.items())
+            lines.append(f"{text(key)}: {{\n{inner}\n}}")
+        else:
+            lines.append(f"{text(key)}: {text(part)}")
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def _version() -> str:

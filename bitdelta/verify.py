@@ -1,8 +1,8 @@
 """Checks a packed delta against its own checksums, against its base and, if given, against the fine-tune.
 
-    the delta       SHA-256 of every tensor and file
-    the base        fingerprint (16 samples) and CRC-32C (every byte) of every tensor that the delta needs
-    the fine-tune   names, shapes, dtypes; whole and identical tensors byte by byte; the relative error of the others
+the delta       SHA-256 of every tensor and file
+the base        fingerprint (16 samples) and CRC-32C (every byte) of every tensor that the delta needs
+the fine-tune   names, shapes, dtypes; whole and identical tensors byte by byte; the relative error of the others
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ SAME_ERROR = 0.01  # relative: the sample's error repeats to rounding, another f
 
 
 def verify(
-    delta: str | os.PathLike[str], base: str | os.PathLike[str], finetuned: str | os.PathLike[str] | None = None
+    delta: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    finetuned: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Reads everything and says what is wrong.
 
