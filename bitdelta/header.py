@@ -106,6 +106,8 @@ def _tensors(header: dict[str, Any], path: Path, start: int, size: int) -> dict[
 
 
 def _tensor(name: str, entry: Any, path: Path, start: int) -> Tensor:
+    if not name.isprintable():
+        raise FormatError(f"{path}: expected a printable name, got {name[:200]!r}")
     place = f"{path}: {name[:200]}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{place}: expected an object of dtype, shape and data_offsets")

@@ -60,6 +60,8 @@ def find_weights(root: Path) -> Weights:
         raise FormatError(f"{path}: weight_map: expected an object of tensor name -> file name")
     kind = ".safetensors" if ".safetensors" in chosen else ".bin"
     for tensor, name in weight_map.items():
+        if not tensor.isprintable():
+            raise FormatError(f"{path}: expected a printable name, got {tensor[:200]!r}")
         if not _is_plain_name(name) or not name.endswith(kind):
             raise FormatError(
                 f"{path}: {tensor[:200]}: expected the name of a {kind} file in this folder, got {str(name)[:200]!r}"

@@ -11,7 +11,6 @@ import mmap
 import os
 import stat
 import sys
-import threading
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +47,8 @@ DTYPES = {
 FLOATS = frozenset(("F32", "F16", "BF16"))  # what deltas are taken of
 BLOCKS, BLOCK_BYTES = 16, 4096  # of a fingerprint
 
+# of files that are mapped now; two threads that map the same file at once may make two maps, which is harmless
 _maps: weakref.WeakValueDictionary[tuple[int, ...], mmap.mmap] = weakref.WeakValueDictionary()
-_maps_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ class Tensor:
     def release(self) -> None:
         """A hint: the pages are not needed now. They leave this process, not the page cache; arrays stay valid."""
         try:
-            with open(self.path, "rb", buffering=0) as file, _maps_lock:
+            with open(self.path, "rb", buffering=0) as file:
                 mapped = _maps.get(_identity(os.fstat(file.fileno())))
         except OSError:
             return
@@ -152,7 +151,7 @@ class Tensor:
 
     def _map(self) -> mmap.mmap:
         """The one map of the file; alive while an array uses it."""
-        with open(self.path, "rb", buffering=0) as file, _maps_lock:
+        with open(self.path, "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             if status.st_size < self.offset + self.span:
                 raise self._truncated(status.st_size)

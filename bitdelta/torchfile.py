@@ -58,6 +58,8 @@ def open_torch_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     for name, view in state.items():
         if not isinstance(name, str):
             raise FormatError(f"{path}: expected tensor names to be text, got {describe_kind(name)}")
+        if not name.isprintable():
+            raise FormatError(f"{path}: expected a printable name, got {name[:200]!r}")
         if not isinstance(view, View):
             raise FormatError(
                 f"{path}: {name[:200]!r} is {describe_kind(view)}, not a tensor; "

@@ -313,6 +313,7 @@ HEADERS = {
     ),
     "metadata": ({**U8, "__metadata__": {"format": 1}}, "__metadata__: expected an object of texts"),
     "metadata list": ({**U8, "__metadata__": ["pt"]}, "__metadata__: expected an object of texts"),
+    "escape codes": ({"\x1b[2J": U8["a"]}, r"expected a printable name, got '.x1b"),
     "entry": ({"a": 4}, "a: expected an object of dtype, shape and data_offsets"),
     "no shape": ({"a": {"dtype": "U8", "data_offsets": [0, 4]}}, "a: expected an object of dtype"),
     "unknown key": ({"a": {**U8["a"], "order": "F"}}, "a: expected an object of dtype"),
@@ -522,6 +523,7 @@ INDICES = {
     "empty map": ('{"weight_map": {}}', "weight_map: expected an object"),
     "map kind": ('{"weight_map": ["a"]}', "weight_map: expected an object"),
     "not JSON": ('{"weight_map": {', "not valid JSON"),
+    "escape codes": ('{"weight_map": {"\\u001b[2J": "a.safetensors"}}', "expected a printable name"),
     "twice": ('{"weight_map": {"a": "a.safetensors", "a": "b.safetensors"}}', "'a' occurs twice"),
 }
 

@@ -45,7 +45,6 @@ def cache(tmp_path, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.chdir(tmp_path)
     files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": safetensors(1)}
     snapshot(tmp_path / "hub", "owner/name", OLD, files, "v1")
     snapshot(tmp_path / "hub", "owner/name", NEW, {**files, "model.safetensors": safetensors(2)}, "main")
@@ -87,7 +86,8 @@ def test_a_repository_without_safetensors_gives_its_torch_files(cache, monkeypat
     assert checkpoint.id == "old" and checkpoint["t"].array().tolist() == [1, 1]
 
 
-def test_a_folder_wins_over_an_id(cache, tmp_path):
+def test_a_folder_wins_over_an_id(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     (tmp_path / "owner" / "name" / "model.safetensors").write_bytes(safetensors(3))
     checkpoint = open_checkpoint("owner/name")
@@ -190,6 +190,21 @@ def test_only_what_is_read_is_asked_for(monkeypatch, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(safetensors(1))
     hub.resolve("owner/both")
     assert len(calls) == 3, "a repository with safetensors is asked once"
+
+
+def test_whatever_the_hub_raises_is_one_line(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    def fail(*arguments, **options):
+        raise RuntimeError("no route\nto host")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(
+        Error, match="^owner/name: .* as a Hub id: the Hub did not give it: no route to host$"
+    ):
+        open_checkpoint("owner/name")
 
 
 def test_without_huggingface_hub_the_error_says_what_to_install(tmp_path, monkeypatch):

@@ -173,6 +173,7 @@ EVIL = {
     "build a tensor": (b"\x80\x02" + tensor(FLOAT, "0", 6, (6,), (1,)) + b"}b.", "expected dict"),
     "not a dict": (b"\x80\x02].", "expected a dict"),
     "not a tensor": (state({"a": b"K\x01"}), "is a int, not a tensor"),
+    "escape codes": (state({"\x1b[2J": tensor(FLOAT, "0", 6, (6,), (1,))}), "printable"),
     "nested": (state({"a": b"}"}), "is a dict, not a tensor"),
     "twice": (b"\x80\x02}(" + (text("a") + b"N") * 2 + b"u.", "twice"),
     "no stop": (b"\x80\x02}", "truncated or damaged"),
