@@ -10,16 +10,8 @@
 
 #if defined(__x86_64__) && defined(__SSE4_2__)
 #include <nmmintrin.h>
-#define HAS_INSTRUCTION 1
-#define CRC_8_BYTES(crc, word) ((uint32_t)_mm_crc32_u64(crc, word))
-#define CRC_BYTE(crc, byte) _mm_crc32_u8(crc, byte)
 #elif defined(__ARM_FEATURE_CRC32)
 #include <arm_acle.h>
-#define HAS_INSTRUCTION 1
-#define CRC_8_BYTES(crc, word) __crc32cd(crc, word)
-#define CRC_BYTE(crc, byte) __crc32cb(crc, byte)
-#else
-#define HAS_INSTRUCTION 0
 #endif
 
 #define POLYNOMIAL 0x82F63B78u
@@ -66,7 +58,45 @@ bd_crc32c_combine(uint32_t crc_a, uint32_t crc_b, uint64_t n_bytes_b)
 
 /* ---- summing ---------------------------------------------------------------------------------- */
 
-#if HAS_INSTRUCTION
+/* The sum goes on by one byte, or by eight (little-endian). */
+#if defined(__x86_64__) && defined(__SSE4_2__)
+
+#define ADD_BYTE(crc, byte) _mm_crc32_u8(crc, byte)
+#define ADD_WORD(crc, word) ((uint32_t)_mm_crc32_u64(crc, word))
+
+#elif defined(__ARM_FEATURE_CRC32)
+
+#define ADD_BYTE(crc, byte) __crc32cb(crc, byte)
+#define ADD_WORD(crc, word) __crc32cd(crc, word)
+
+#else
+
+static inline uint32_t
+add_byte(uint32_t crc, unsigned byte)
+{
+    /* by_nibble[v]: what the 4 bits v leave when they move out. */
+    static const uint32_t by_nibble[16] = {0x00000000, 0x105EC76F, 0x20BD8EDE, 0x30E349B1,
+                                           0x417B1DBC, 0x5125DAD3, 0x61C69362, 0x7198540D,
+                                           0x82F63B78, 0x92A8FC17, 0xA24BB5A6, 0xB21572C9,
+                                           0xC38D26C4, 0xD3D3E1AB, 0xE330A81A, 0xF36E6F75};
+    crc ^= byte;
+    crc = crc >> 4 ^ by_nibble[crc & 15u];
+    return crc >> 4 ^ by_nibble[crc & 15u];
+}
+
+static inline uint32_t
+add_word(uint32_t crc, uint64_t word)
+{
+    for (int i = 0; i < 64; i += 8) {
+        crc = add_byte(crc, (unsigned)(word >> i & 255u));
+    }
+    return crc;
+}
+
+#define ADD_BYTE(crc, byte) add_byte(crc, byte)
+#define ADD_WORD(crc, word) add_word(crc, word)
+
+#endif
 
 /* shift_n[i][v]: v << 4 i times x^(8 n). */
 static const uint32_t shift_1024[8][16] = {
@@ -133,7 +163,7 @@ move(const uint32_t shift[8][16], uint32_t crc)
 }
 
 static inline uint64_t
-load_8_bytes(const unsigned char *bytes)
+load_word(const unsigned char *bytes)
 {
     uint64_t word;
     memcpy(&word, bytes, sizeof word);
@@ -146,9 +176,9 @@ sum_three(uint32_t crc, const unsigned char *bytes, size_t n, const uint32_t shi
 {
     uint32_t second = 0, third = 0;
     for (size_t i = 0; i < n; i += 8) {
-        crc = CRC_8_BYTES(crc, load_8_bytes(bytes + i));
-        second = CRC_8_BYTES(second, load_8_bytes(bytes + n + i));
-        third = CRC_8_BYTES(third, load_8_bytes(bytes + 2 * n + i));
+        crc = ADD_WORD(crc, load_word(bytes + i));
+        second = ADD_WORD(second, load_word(bytes + n + i));
+        third = ADD_WORD(third, load_word(bytes + 2 * n + i));
     }
     return move(shift, move(shift, crc) ^ second) ^ third;
 }
@@ -165,32 +195,49 @@ bd_crc32c(uint32_t crc, const void *data, size_t n)
         crc = sum_three(crc, bytes, 128, shift_128);
     }
     for (; n >= 8; n -= 8, bytes += 8) {
-        crc = CRC_8_BYTES(crc, load_8_bytes(bytes));
+        crc = ADD_WORD(crc, load_word(bytes));
     }
     for (; n > 0; n--, bytes++) {
-        crc = CRC_BYTE(crc, *bytes);
+        crc = ADD_BYTE(crc, *bytes);
     }
     return ~crc;
 }
 
-#else
+/* ---- rows ------------------------------------------------------------------------------------- */
 
-/* by_nibble[v]: the 4 bits v moved out of the sum. */
-static const uint32_t by_nibble[16] = {
-    0x00000000, 0x105EC76F, 0x20BD8EDE, 0x30E349B1, 0x417B1DBC, 0x5125DAD3, 0x61C69362, 0x7198540D,
-    0x82F63B78, 0x92A8FC17, 0xA24BB5A6, 0xB21572C9, 0xC38D26C4, 0xD3D3E1AB, 0xE330A81A, 0xF36E6F75};
+void
+bd_crc_plan_row(bd_crc_plan *plan, int64_t n_bytes)
+{
+    plan->n_bytes = n_bytes;
+    plan->n_words = n_bytes / (8 * BD_CRC_CHAINS);
+    uint32_t past_chain = bd_crc32c_shift((uint64_t)plan->n_words * 8);
+    for (int i = 0; i < 8; i++) {
+        for (uint32_t v = 0; v < 16; v++) {
+            plan->shift[i][v] = multiply(past_chain, v << 4 * i);
+        }
+    }
+}
+
+void
+bd_crc_begin_row(const bd_crc_plan *plan, uint32_t crc, const void *row, bd_crc_chains *chains)
+{
+    *chains = (bd_crc_chains){.bytes = row, .n_words = plan->n_words, .sums = {~crc}};
+}
 
 uint32_t
-bd_crc32c(uint32_t crc, const void *data, size_t n)
+bd_crc_end_row(const bd_crc_plan *plan, bd_crc_chains *chains)
 {
-    const unsigned char *bytes = data;
-    crc = ~crc;
-    for (size_t i = 0; i < n; i++) {
-        crc ^= bytes[i];
-        crc = crc >> 4 ^ by_nibble[crc & 15u];
-        crc = crc >> 4 ^ by_nibble[crc & 15u];
+    uint32_t *sums = chains->sums;
+    const unsigned char *bytes = chains->bytes;
+    for (int64_t i = chains->n_done; i < plan->n_words; i++) {
+        for (int chain = 0; chain < BD_CRC_CHAINS; chain++) {
+            sums[chain] = ADD_WORD(sums[chain], load_word(bytes + 8 * (chain * plan->n_words + i)));
+        }
     }
-    return ~crc;
+    uint32_t crc = sums[0];
+    for (int chain = 1; chain < BD_CRC_CHAINS; chain++) {
+        crc = move(plan->shift, crc) ^ sums[chain];
+    }
+    int64_t n_done = plan->n_words * 8 * BD_CRC_CHAINS;
+    return bd_crc32c(~crc, bytes + n_done, (size_t)(plan->n_bytes - n_done));
 }
-
-#endif

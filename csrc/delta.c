@@ -1,7 +1,6 @@
 /* delta.c - extraction of sign planes and scales, and expansion, over rows and threads.
  *
- * Rows of a strip go through the caches once: signs, the sums of |d| and the base's checksum are made
- * while a piece of the row is in the first-level cache. Sums are fp64 in 16 lanes (k mod 16) of a row,
+ * One pass over base and finetuned makes signs, sums of |d| and the base's checksum. Sums are fp64 in 16 lanes (k mod 16) of a row,
  * folded 8, 4, 2, 1, rows ascending: no thread or instruction set can change them.
  *
  * Memory: with more planes, one fp32 row a worker; for one scale a tensor and for rank 1 (delta_rank1.c)
@@ -78,7 +77,7 @@ bd_residual_piece(const bd_extraction *x, int64_t n, int64_t begin, int64_t end,
     double unused[16] = {0};
     kernels->extract_row(bd_element(x->base, n, begin), x->base->dtype,
                          bd_element(x->finetuned, n, begin), x->finetuned->dtype, end - begin,
-                         residual, NULL, unused);
+                         residual, NULL, unused, NULL);
     for (int plane = 0; plane < p; plane++) {
         const float *column = x->column == NULL ? NULL : x->column + plane * x->K + begin;
         float row = x->form == BD_SCALE_TENSOR ? x->scale[plane] : x->scale[plane * x->N + n];
@@ -88,32 +87,22 @@ bd_residual_piece(const bd_extraction *x, int64_t n, int64_t begin, int64_t end,
     }
 }
 
-/* Signs of plane 0 and sums of row n; d into residual when not NULL; the base's checksum goes on. */
+/* Signs of plane 0 and sums of row n; d into residual when not NULL. */
 static int
-extract_first(bd_extraction *x, int64_t n, float *residual, double lanes[16], uint32_t *crc)
+extract_first(const bd_extraction *x, int64_t n, float *residual, double lanes[16],
+              bd_crc_chains *checksum)
 {
-    int is_bad = 0;
-    uint32_t *words = row_words(x, 0, n);
-    for (int64_t begin = 0; begin < x->K; begin += PIECE_COLUMNS) {
-        int64_t n_columns = min_i64(PIECE_COLUMNS, x->K - begin);
-        const void *base = bd_element(x->base, n, begin);
-        is_bad |= x->ctx->kernels->extract_row(
-            base, x->base->dtype, bd_element(x->finetuned, n, begin), x->finetuned->dtype,
-            n_columns, residual == NULL ? NULL : residual + begin,
-            words + begin / BD_WORD_BITS * BD_STRIP_ROWS, lanes);
-        if (crc != NULL) {
-            *crc = bd_crc32c(*crc, base, (size_t)n_columns * bd_dtype_bytes(x->base->dtype));
-        }
-    }
-    return is_bad;
+    return x->ctx->kernels->extract_row(bd_element(x->base, n, 0), x->base->dtype,
+                                        bd_element(x->finetuned, n, 0), x->finetuned->dtype, x->K,
+                                        residual, row_words(x, 0, n), lanes, checksum);
 }
 
 /* All planes of row n, one scale a row. */
 static int
-extract_all(bd_extraction *x, int64_t n, float *residual, uint32_t *crc)
+extract_all(bd_extraction *x, int64_t n, float *residual, bd_crc_chains *checksum)
 {
     double lanes[16] = {0};
-    if (extract_first(x, n, residual, lanes, crc)) {
+    if (extract_first(x, n, residual, lanes, checksum)) {
         return 1;
     }
     float scale = (float)(bd_fold_lanes(lanes) / (double)x->K);
@@ -130,11 +119,11 @@ extract_all(bd_extraction *x, int64_t n, float *residual, uint32_t *crc)
 
 /* Plane p of row n, whose sum of |residual| is kept. */
 static int
-extract_plane(bd_extraction *x, int64_t n, int p, float *residual, uint32_t *crc)
+extract_plane(bd_extraction *x, int64_t n, int p, float *residual, bd_crc_chains *checksum)
 {
     double lanes[16] = {0};
     if (p == 0) {
-        int is_bad = extract_first(x, n, NULL, lanes, crc);
+        int is_bad = extract_first(x, n, NULL, lanes, checksum);
         x->row_sums[n] = bd_fold_lanes(lanes);
         return is_bad;
     }
@@ -161,6 +150,15 @@ clear_last_strip(bd_extraction *x, int p)
     }
 }
 
+/* One row of the pass. The row before is summed meanwhile: it is still in the caches, and its sum
+ * takes other units of the processor. */
+static int
+extract_one(bd_extraction *x, int64_t n, float *residual, bd_crc_chains *checksum)
+{
+    return x->form == BD_SCALE_ROW ? extract_all(x, n, residual, checksum)
+                                   : extract_plane(x, n, x->plane, residual, checksum);
+}
+
 static void
 extract_strips(void *argument, int64_t index, int worker)
 {
@@ -171,17 +169,25 @@ extract_strips(void *argument, int64_t index, int worker)
     }
     bd_float_state state = bd_set_float_state();
     float *residual = x->residuals == NULL ? NULL : x->residuals + worker * x->residual_stride;
-    uint32_t crc = 0, *sum = x->checksums == NULL || x->plane > 0 ? NULL : &crc;
+    int has_checksum = x->checksums != NULL && x->plane == 0;
+    bd_crc_chains chains;
+    uint32_t crc = 0;
     for (int64_t n = begin; n < end; n++) {
-        int is_bad = x->form == BD_SCALE_ROW ? extract_all(x, n, residual, sum)
-                                             : extract_plane(x, n, x->plane, residual, sum);
-        if (is_bad) {
+        int is_summing = has_checksum && n > begin;
+        if (is_summing) {
+            bd_crc_begin_row(&x->crc_plan, crc, bd_element(x->base, n - 1, 0), &chains);
+        }
+        if (extract_one(x, n, residual, is_summing ? &chains : NULL)) {
             note_bad_row(x, n);
             break;
         }
+        if (is_summing) {
+            crc = bd_crc_end_row(&x->crc_plan, &chains);
+        }
     }
-    if (sum != NULL) {
-        x->checksums[index] = crc;
+    if (has_checksum) {
+        x->checksums[index] =
+            bd_crc32c(crc, bd_element(x->base, end - 1, 0), (size_t)x->crc_plan.n_bytes);
     }
     bd_restore_float_state(state);
 }
@@ -278,6 +284,7 @@ allocate(bd_extraction *x, int wants_checksum)
         x->fit_column = bd_allocate_aligned((size_t)x->K * sizeof(double));
     }
     if (wants_checksum) {
+        bd_crc_plan_row(&x->crc_plan, x->K * (int64_t)bd_dtype_bytes(x->base->dtype));
         x->checksums = bd_allocate_aligned((size_t)x->n_tasks * sizeof(uint32_t));
     }
     if ((has_residuals && x->residuals == NULL) ||

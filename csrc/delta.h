@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "bitdelta.h"
+#include "checksum.h"
 #include "kernels.h"
 
 #ifdef __cplusplus
@@ -31,6 +32,7 @@ typedef struct {
     double *row_sums;    /* [N]: sums of |residual|; rank 1: the fitted row scales */
     double *fit_column;  /* [K], rank 1: the fitted column scales */
     uint32_t *checksums; /* [n_tasks], or NULL */
+    bd_crc_plan crc_plan;
 } bd_extraction;
 
 /* lanes, folded 8, 4, 2, 1. */

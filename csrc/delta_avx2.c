@@ -9,6 +9,7 @@
 #include <math.h>
 #include <stddef.h>
 
+#include "checksum.h"
 #include "dtype.h"
 #include "kernels.h"
 
@@ -20,6 +21,8 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+
+enum { PREFETCH_BYTES = 2048 }; /* ahead in each stream: 0.93 of read bandwidth, 0.86 without */
 
 /* ---- 32 columns ------------------------------------------------------------------------------- */
 
@@ -125,6 +128,12 @@ store_lanes(const __m256d sums[4], int has_pairs, double lanes[16])
     }
 }
 
+INLINE int64_t
+min_i64(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
 /* Bits of n < 32 columns. */
 INLINE uint32_t
 tail_bits(int64_t n)
@@ -140,7 +149,36 @@ clear_words(uint32_t *words, int64_t line, int64_t n_lines)
     }
 }
 
+/* ---- checksum ---------------------------------------------------------------------------------
+ *
+ * CRC-32C of another row: its instructions use units that the vector loop leaves idle. */
+
+INLINE void
+add_words(bd_crc_chains *chains, int64_t n_words)
+{
+    for (int64_t i = 0; i < n_words; i++) {
+        for (int chain = 0; chain < BD_CRC_CHAINS; chain++) {
+            uint64_t word;
+            memcpy(&word, chains->bytes + 8 * (chain * chains->n_words + chains->n_done),
+                   sizeof word);
+            chains->sums[chain] = (uint32_t)_mm_crc32_u64(chains->sums[chain], word);
+        }
+        chains->n_done++;
+    }
+}
+
 /* ---- extraction ------------------------------------------------------------------------------- */
+
+/* Both streams, beyond what the processor fetches by itself. */
+INLINE void
+prefetch_line(const void *data, bd_dtype dtype, int64_t k)
+{
+    const char *bytes = (const char *)data + k * (int64_t)bd_dtype_bytes(dtype) + PREFETCH_BYTES;
+    _mm_prefetch(bytes, _MM_HINT_T0);
+    if (dtype == BD_F32) {
+        _mm_prefetch(bytes + 64, _MM_HINT_T0);
+    }
+}
 
 INLINE uint32_t
 extract_line(const void *base, bd_dtype base_dtype, const void *finetuned, bd_dtype finetuned_dtype,
@@ -169,14 +207,30 @@ extract_line(const void *base, bd_dtype base_dtype, const void *finetuned, bd_dt
 INLINE int
 extract_typed(const void *base, bd_dtype base_dtype, const void *finetuned,
               bd_dtype finetuned_dtype, int64_t K, int has_pairs, float *residual, uint32_t *words,
-              double lanes[16])
+              double lanes[16], bd_crc_chains *checksum)
 {
     uint32_t unused[1], *word = words == NULL ? unused : words;
     int64_t word_step = words == NULL ? 0 : BD_STRIP_ROWS;
     int64_t n_whole = K / BD_WORD_BITS * BD_WORD_BITS, n_left = K - n_whole;
     __m256d sums[4];
     load_lanes(lanes, has_pairs, sums);
-    for (int64_t k = 0; k < n_whole; k += BD_WORD_BITS, word += word_step) {
+    /* As many words a chain as a line of base has. */
+    int64_t k = 0, n_words = (int64_t)bd_dtype_bytes(base_dtype);
+    if (checksum != NULL) {
+        bd_crc_chains chains = *checksum;
+        int64_t n_summed = min_i64(n_whole, chains.n_words / n_words * BD_WORD_BITS);
+        for (; k < n_summed; k += BD_WORD_BITS, word += word_step) {
+            prefetch_line(base, base_dtype, k);
+            prefetch_line(finetuned, finetuned_dtype, k);
+            add_words(&chains, n_words);
+            *word = extract_line(base, base_dtype, finetuned, finetuned_dtype, k, has_pairs,
+                                 residual, sums);
+        }
+        *checksum = chains;
+    }
+    for (; k < n_whole; k += BD_WORD_BITS, word += word_step) {
+        prefetch_line(base, base_dtype, k);
+        prefetch_line(finetuned, finetuned_dtype, k);
         *word = extract_line(base, base_dtype, finetuned, finetuned_dtype, k, has_pairs, residual,
                              sums);
     }
@@ -205,11 +259,11 @@ extract_typed(const void *base, bd_dtype base_dtype, const void *finetuned,
 
 static int
 extract_row(const void *base, bd_dtype base_dtype, const void *finetuned, bd_dtype finetuned_dtype,
-            int64_t K, float *residual, uint32_t *words, double lanes[16])
+            int64_t K, float *residual, uint32_t *words, double lanes[16], bd_crc_chains *checksum)
 {
-#define CASE(b, f, has_pairs, r)                                                    \
-    if (base_dtype == (b) && finetuned_dtype == (f)) {                              \
-        return extract_typed(base, b, finetuned, f, K, has_pairs, r, words, lanes); \
+#define CASE(b, f, has_pairs, r)                                                              \
+    if (base_dtype == (b) && finetuned_dtype == (f)) {                                        \
+        return extract_typed(base, b, finetuned, f, K, has_pairs, r, words, lanes, checksum); \
     }
     if (residual == NULL) {
         CASE(BD_BF16, BD_BF16, 1, NULL)
@@ -224,7 +278,7 @@ extract_row(const void *base, bd_dtype base_dtype, const void *finetuned, bd_dty
     CASE(BD_F16, BD_F32, 0, residual)
     CASE(BD_F32, BD_BF16, 0, residual)
     CASE(BD_F32, BD_F16, 0, residual)
-    return extract_typed(base, BD_F32, finetuned, BD_F32, K, 0, residual, words, lanes);
+    return extract_typed(base, BD_F32, finetuned, BD_F32, K, 0, residual, words, lanes, checksum);
 #undef CASE
 }
 

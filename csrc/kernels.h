@@ -14,6 +14,8 @@
 extern "C" {
 #endif
 
+struct bd_crc_chains; /* checksum.h */
+
 /* z[m * z_stride + 16 * s + i] = sum over the columns of the block of +-q[m], 0 <= s < n_strips.
  * sign: the block's first line of the first strip; the next strip is strip_stride words on.
  * n_lines: lines of the block, a multiple of 8, at most BD_INT32_COLUMNS / 32 (int32 is enough).
@@ -59,14 +61,15 @@ struct bd_kernels {
      * sign: [n_lines, 16]; q: int16 [16]. z: int32 (at most 4080 strips between resets). */
     void (*transposed_strip)(const uint32_t *sign, int64_t n_lines, const int16_t *q, int32_t *z);
 
-    /* One row, or a piece of one that starts at a multiple of 16 columns, of extraction.
+    /* One row, or a piece of one that starts at a multiple of 256 columns, of extraction.
      * d[k] = fp32(finetuned) - fp32(base) for k < K, into residual (fp32 [K], or NULL);
      * words[l * 16] gets the sign bits of columns 32 l .. (zero beyond K), l < bd_n_lines(K), unless
-     * words is NULL; lanes[k mod 16] += |d| in fp64, k ascending. Returns 0, or 1 when some d or some
-     * lane is not finite. */
+     * words is NULL; lanes[k mod 16] += |d| in fp64, k ascending. checksum, if not NULL, is another
+     * row's CRC-32C, which may go on meanwhile, as far as it likes. Returns 0, or 1 when some lane,
+     * and so some d, is not finite. */
     int (*extract_row)(const void *base, bd_dtype base_dtype, const void *finetuned,
                        bd_dtype finetuned_dtype, int64_t K, float *residual, uint32_t *words,
-                       double lanes[16]);
+                       double lanes[16], struct bd_crc_chains *checksum);
 
     /* What a plane leaves of a row, and the next plane: residual[k] -= s * scale, the bits of s from
      * words, scale = row, or fp32(row * column[k]) when column is not NULL. Then next and lanes as in
