@@ -3,24 +3,14 @@
  * Products by table look-up: four columns of q have 16 signed sums, which fill one register; a line
  * is the index register of vpermd, which uses the low 4 bits of every lane, so that 16 rows x 4
  * columns cost one shift, one look-up and one addition. */
-#if defined(__x86_64__)
-
-#include <immintrin.h>
 #include <stddef.h>
 #include <string.h>
 
+#include "avx512.h"
 #include "kernels.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(                                                    \
-    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
+#if BD_AVX512
+AVX512_BEGIN
 
 enum {
     LUT_ROWS = 4,         /* rows that share the shifted lines */
@@ -151,7 +141,7 @@ lut_tile(const uint32_t *sign, int64_t strip_stride, int64_t n_lines, const __m5
          int32_t *z, int64_t z_stride, int first, const int G, const int R)
 {
     __m512i sum[16], word[8];
-#pragma GCC unroll 16
+    UNROLL(16)
     for (int i = 0; i < G * R; i++) {
         sum[i] = _mm512_setzero_si512();
     }
@@ -160,34 +150,34 @@ lut_tile(const uint32_t *sign, int64_t strip_stride, int64_t n_lines, const __m5
         const int64_t ahead = l + PREFETCH_LINES < n_lines
                                   ? 16 * PREFETCH_LINES
                                   : G * strip_stride + 16 * (PREFETCH_LINES - n_lines);
-#pragma GCC unroll 8
+        UNROLL(8)
         for (int g = 0; g < G; g++) {
             const uint32_t *line = sign + g * strip_stride + l * 16;
             word[g] = _mm512_load_si512(line);
             _mm_prefetch((const char *)(line + ahead), _MM_HINT_T1);
         }
         /* Not unrolled: the compiler would sum the look-ups of all steps first, and spill them. */
-#pragma GCC unroll 1
+        UNROLL(1)
         for (int j = 0; j < LUT_LINE_TABLES; j++) {
-#pragma GCC unroll 4
+            UNROLL(4)
             for (int r = 0; r < R; r++) {
                 __m512i sums = _mm512_load_si512(table + r);
-#pragma GCC unroll 8
+                UNROLL(8)
                 for (int g = 0; g < G; g++) {
                     sum[g * R + r] =
                         _mm512_add_epi32(sum[g * R + r], _mm512_permutexvar_epi32(word[g], sums));
                 }
             }
             table += R;
-#pragma GCC unroll 8
+            UNROLL(8)
             for (int g = 0; g < G; g++) {
                 word[g] = _mm512_srli_epi32(word[g], 4);
             }
         }
     }
-#pragma GCC unroll 8
+    UNROLL(8)
     for (int g = 0; g < G; g++) {
-#pragma GCC unroll 4
+        UNROLL(4)
         for (int r = 0; r < R; r++) {
             int32_t *out = z + r * z_stride + 16 * g;
             __m512i total = sum[g * R + r];
@@ -310,7 +300,7 @@ stream_tile(const float *x, int64_t x_stride, const void *weight, bd_dtype dtype
             const int R)
 {
     __m512 sum[24], w[8];
-#pragma GCC unroll 24
+    UNROLL(24)
     for (int i = 0; i < W * R; i++) {
         sum[i] = _mm512_setzero_ps();
     }
@@ -319,18 +309,18 @@ stream_tile(const float *x, int64_t x_stride, const void *weight, bd_dtype dtype
     const char *ahead = (const char *)weight + W * weight_stride * bytes;
     int64_t k = 0;
     for (; k + 16 <= K; k += 16) {
-#pragma GCC unroll 8
+        UNROLL(8)
         for (int64_t b = 0; b < 16 * W * bytes; b += 64) {
             _mm_prefetch(ahead + k * W * bytes + b, _MM_HINT_T1);
         }
-#pragma GCC unroll 8
+        UNROLL(8)
         for (int n = 0; n < W; n++) {
             w[n] = load_masked(weight, dtype, n * weight_stride + k, 0xFFFF);
         }
-#pragma GCC unroll 6
+        UNROLL(6)
         for (int m = 0; m < R; m++) {
             __m512 u = _mm512_loadu_ps(x + m * x_stride + k);
-#pragma GCC unroll 8
+            UNROLL(8)
             for (int n = 0; n < W; n++) {
                 sum[m * W + n] = _mm512_fmadd_ps(u, w[n], sum[m * W + n]);
             }
@@ -338,22 +328,22 @@ stream_tile(const float *x, int64_t x_stride, const void *weight, bd_dtype dtype
     }
     if (k < K) {
         const __mmask16 mask = tail_mask(K - k);
-#pragma GCC unroll 8
+        UNROLL(8)
         for (int n = 0; n < W; n++) {
             w[n] = load_masked(weight, dtype, n * weight_stride + k, mask);
         }
-#pragma GCC unroll 6
+        UNROLL(6)
         for (int m = 0; m < R; m++) {
             __m512 u = _mm512_maskz_loadu_ps(mask, x + m * x_stride + k);
-#pragma GCC unroll 8
+            UNROLL(8)
             for (int n = 0; n < W; n++) {
                 sum[m * W + n] = _mm512_fmadd_ps(u, w[n], sum[m * W + n]);
             }
         }
     }
-#pragma GCC unroll 6
+    UNROLL(6)
     for (int m = 0; m < R; m++) {
-#pragma GCC unroll 8
+        UNROLL(8)
         for (int n = 0; n < W; n++) {
             out[m * out_stride + n] = _mm512_reduce_add_ps(sum[m * W + n]);
         }
@@ -449,7 +439,7 @@ transposed_strip(const uint32_t *sign, int64_t n_lines, const int16_t *q, int32_
     for (int64_t l = 0; l < n_lines; l++, sign += 16, z += 32) {
         __m512i low = _mm512_add_epi32(_mm512_loadu_si512(z), minus);
         __m512i high = _mm512_add_epi32(_mm512_loadu_si512(z + 16), minus);
-#pragma GCC unroll 16
+        UNROLL(16)
         for (int i = 0; i < 16; i++) {
             low = _mm512_mask_add_epi32(low, (__mmask16)sign[i], low, twice[i]);
             high = _mm512_mask_add_epi32(high, (__mmask16)(sign[i] >> 16), high, twice[i]);
@@ -459,11 +449,7 @@ transposed_strip(const uint32_t *sign, int64_t n_lines, const int16_t *q, int32_
     }
 }
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+AVX512_END
 
 void
 bd_fill_avx512_linear(bd_kernels *table)
@@ -485,7 +471,6 @@ bd_fill_avx512_linear(bd_kernels *table)
         .product = many_product,
     };
     /* VNNI has nothing to add: 64 products a look-up, 32 a vpdpwssd or a pair of vpdpbusd. */
-    table->isa = "avx512";
     table->quantize = quantize;
     table->stream_rows = stream_rows;
     table->transposed_strip = transposed_strip;
@@ -494,4 +479,4 @@ bd_fill_avx512_linear(bd_kernels *table)
     table->products[2] = (bd_product){0};
 }
 
-#endif /* __x86_64__ */
+#endif /* BD_AVX512 */
