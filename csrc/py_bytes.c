@@ -1,0 +1,143 @@
+/* py_bytes.c - to_float32 and the checksums: what looks at elements or bytes, not at deltas. */
+#include "module.h"
+
+#include "tensor.h"
+
+/* A vector [n] is the matrix [n, 1], so that its stride may be any; a matrix stays as it is. */
+static void
+vector_as_column(tensor *view)
+{
+    if (view->ndim == 1) {
+        view->ndim = 2;
+        view->shape[1] = 1;
+        view->strides[1] = 1;
+    }
+}
+
+PyDoc_STRVAR(
+    to_float32_doc,
+    "to_float32($module, out, matrix, /)\n--\n\n"
+    "out (fp32, contiguous, same shape) = matrix of fp32, fp16 or bf16; one or two dimensions.");
+
+static PyObject *
+py_to_float32(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    module_state *state = get_state(module);
+    tensor out = {0}, matrix = {0};
+    bd_matrix out_matrix = {0}, source = {0};
+    PyObject *result = NULL;
+    if (check_n_arguments("to_float32", nargs, 2, 2) < 0 ||
+        tensor_acquire(state, args[1], "matrix", TENSOR_INPUT, &matrix) < 0) {
+        return NULL;
+    }
+    if (tensor_acquire(state, args[0], "out", TENSOR_OUTPUT, &out) < 0 ||
+        check_dtype(&out, "out", kDLFloat, 32) < 0 ||
+        check_contiguous(&out, "out", (int64_t)sizeof(float)) < 0 ||
+        check_shape(&out, "out", "matrix.shape", matrix.ndim, matrix.shape) < 0) {
+        goto done;
+    }
+    vector_as_column(&matrix);
+    vector_as_column(&out);
+    if (tensor_to_matrix(&matrix, "matrix", "[n_rows, n_columns]", ANY_SIZE, ANY_SIZE, &source) <
+            0 ||
+        tensor_to_matrix(&out, "out", "[n_rows, n_columns]", source.n_rows, source.n_columns,
+                         &out_matrix) < 0 ||
+        check_overlap(&out_matrix, "out", &source, "matrix") < 0) {
+        goto done;
+    }
+    bd_context ctx = {0};
+    bd_status status = BD_OK;
+    context_enter(state, &ctx);
+    Py_BEGIN_ALLOW_THREADS if (source.n_rows > 0 && source.n_columns > 0)
+    {
+        status = bd_to_float32(&ctx, &source, out_matrix.data);
+    }
+    Py_END_ALLOW_THREADS context_leave(&ctx);
+    result = return_status(status);
+
+done:
+    tensor_release(&out);
+    tensor_release(&matrix);
+    return result;
+}
+
+/* An unsigned number up to most; -1 with an exception. */
+static int
+parse_unsigned(PyObject *object, const char *name, unsigned long long most, unsigned long long *out)
+{
+    PyObject *number = PyNumber_Index(object);
+    if (number == NULL) {
+        return -1;
+    }
+    *out = PyLong_AsUnsignedLongLong(number);
+    if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_OverflowError)) {
+        Py_DECREF(number);
+        return -1;
+    }
+    if (PyErr_Occurred() || *out > most) {
+        PyErr_Clear(); /* beyond 64 bits: said as a range */
+        PyErr_Format(PyExc_ValueError, "%s: expected 0 .. %llu, got %S", name, most, number);
+        Py_DECREF(number);
+        return -1;
+    }
+    Py_DECREF(number);
+    return 0;
+}
+
+PyDoc_STRVAR(crc32c_doc,
+             "crc32c($module, buffer, value=0, /)\n--\n\n"
+             "CRC-32C of contiguous memory, continuing from value.");
+
+static PyObject *
+py_crc32c(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    tensor view = {0};
+    unsigned long long value = 0;
+    if (check_n_arguments("crc32c", nargs, 1, 2) < 0 ||
+        (nargs == 2 && parse_unsigned(args[1], "value", UINT32_MAX, &value) < 0) ||
+        tensor_acquire(get_state(module), args[0], "buffer", TENSOR_INPUT, &view) < 0) {
+        return NULL;
+    }
+    uint32_t crc = 0;
+    if (view.dtype.bits % 8 != 0) {
+        PyErr_Format(PyExc_TypeError, "buffer: expected whole bytes, got elements of %d bits",
+                     view.dtype.bits);
+        goto fail;
+    }
+    if (check_contiguous(&view, "buffer", 1) < 0) {
+        goto fail;
+    }
+    Py_BEGIN_ALLOW_THREADS crc =
+        bd_crc32c((uint32_t)value, view.data, (size_t)tensor_n_bytes(&view));
+    Py_END_ALLOW_THREADS tensor_release(&view);
+    return PyLong_FromUnsignedLong(crc);
+
+fail:
+    tensor_release(&view);
+    return NULL;
+}
+
+PyDoc_STRVAR(crc32c_combine_doc,
+             "crc32c_combine($module, a, b, n_bytes_b, /)\n--\n\n"
+             "CRC-32C of A followed by B, from those of A and of B.");
+
+static PyObject *
+py_crc32c_combine(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    unsigned long long a = 0, b = 0, n_bytes = 0;
+    if (check_n_arguments("crc32c_combine", nargs, 3, 3) < 0 ||
+        parse_unsigned(args[0], "a", UINT32_MAX, &a) < 0 ||
+        parse_unsigned(args[1], "b", UINT32_MAX, &b) < 0 ||
+        parse_unsigned(args[2], "n_bytes_b", UINT64_MAX, &n_bytes) < 0) {
+        return NULL;
+    }
+    return PyLong_FromUnsignedLong(bd_crc32c_combine((uint32_t)a, (uint32_t)b, n_bytes));
+}
+
+PyMethodDef byte_functions[] = {
+    {"to_float32", (PyCFunction)(void (*)(void))py_to_float32, METH_FASTCALL, to_float32_doc},
+    {"crc32c", (PyCFunction)(void (*)(void))py_crc32c, METH_FASTCALL, crc32c_doc},
+    {"crc32c_combine", (PyCFunction)(void (*)(void))py_crc32c_combine, METH_FASTCALL,
+     crc32c_combine_doc},
+    {NULL, NULL, 0, NULL},
+};
