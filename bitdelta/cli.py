@@ -19,6 +19,8 @@ import typer
 
 from .errors import Error
 
+INTERRUPTED = 130  # 128 + SIGINT
+
 app = typer.Typer(
     help="One base model, a thousand fine-tunes: each stored as sign bits and a few scales.",
     add_completion=False,
@@ -220,10 +222,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         status = app(args=arguments, prog_name="bitdelta", standalone_mode=False)
         sys.stdout.flush()
+        if status == INTERRUPTED:  # newer versions of typer turn the exception into the status
+            raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         _message("bitdelta: interrupted, nothing was written")
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of stdout has left, as in `bitdelta info X | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
