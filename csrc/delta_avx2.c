@@ -9,7 +9,7 @@
 #include <math.h>
 #include <stddef.h>
 
-#include "checksum.h"
+#include "checksum_words.h"
 #include "dtype.h"
 #include "kernels.h"
 
@@ -149,24 +149,6 @@ clear_words(uint32_t *words, int64_t line, int64_t n_lines)
     }
 }
 
-/* ---- checksum ---------------------------------------------------------------------------------
- *
- * CRC-32C of another row: its instructions use units that the vector loop leaves idle. */
-
-INLINE void
-add_words(bd_crc_chains *chains, int64_t n_words)
-{
-    for (int64_t i = 0; i < n_words; i++) {
-        for (int chain = 0; chain < BD_CRC_CHAINS; chain++) {
-            uint64_t word;
-            memcpy(&word, chains->bytes + 8 * (chain * chains->n_words + chains->n_done),
-                   sizeof word);
-            chains->sums[chain] = (uint32_t)_mm_crc32_u64(chains->sums[chain], word);
-        }
-        chains->n_done++;
-    }
-}
-
 /* ---- extraction ------------------------------------------------------------------------------- */
 
 /* Both streams, beyond what the processor fetches by itself. */
@@ -222,7 +204,7 @@ extract_typed(const void *base, bd_dtype base_dtype, const void *finetuned,
         for (; k < n_summed; k += BD_WORD_BITS, word += word_step) {
             prefetch_line(base, base_dtype, k);
             prefetch_line(finetuned, finetuned_dtype, k);
-            add_words(&chains, n_words);
+            bd_crc_add_words(&chains, n_words);
             *word = extract_line(base, base_dtype, finetuned, finetuned_dtype, k, has_pairs,
                                  residual, sums);
         }
