@@ -16,7 +16,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +46,7 @@ from .tensor import DTYPES
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
+MAX_PENDING = 2  # tensors that wait to be written, while the next is extracted
 MAX_SHARD_BYTES = 40 << 30  # below the 50 GB that the Hub allows a file
 CODES = {np.dtype(kind): code for code, (_, kind) in DTYPES.items() if kind and code != "BF16"}
 
@@ -93,9 +96,13 @@ class PackfileWriter:
             dict.fromkeys(base) if names is None else dict(names)
         )
         self._room = _room(base, self._names)
+        known = {name: entry for name, entry in self._names.items() if entry is not None}
+        self._planned = sum(spec_bytes(spec) for name in known for spec in keys_of(name, known[name]).values())
         self._max = max_shard_bytes
         self._shards: list[Shard] = []
         self._journal = -1
+        self._thread = ThreadPoolExecutor(1, "bitdelta-writer")
+        self._pending: deque[Future[None]] = deque()
 
     def __enter__(self) -> PackfileWriter:  # noqa: PYI034 - typing.Self is Python 3.11's
         refuse_inside(self.out_dir, self.base.root)
@@ -139,8 +146,10 @@ class PackfileWriter:
             about: what else the entry says: dtype (of the fine-tune; default the base's or the array's), shape,
                 base_crc32c, relative_error; tied_to, which makes the tensor tied (value None).
 
+        Arrays are written in a thread of the writer's, so they must not change afterwards.
+
         Returns:
-            The tensor's entry.
+            The tensor's entry; its sha256 is there once it is written.
         """
         if name in self.entries:
             raise ValueError(f"add: {name} is already there")
@@ -148,17 +157,23 @@ class PackfileWriter:
             raise ValueError(f"add: {name} is not a tensor of the base, nor one of `names`")
         entry, arrays = self._describe(name, value, rows, about)
         keys = keys_of(name, entry)
+        data = [_bytes(key, spec, array) for (key, spec), array in zip(keys.items(), arrays, strict=True)]
+        self.entries[name] = entry
+        self._pending.append(self._thread.submit(self._write, name, entry, keys, data))
+        while len(self._pending) > MAX_PENDING:
+            self._pending.popleft().result()
+        return entry
+
+    def _write(self, name: str, entry: dict[str, Any], keys: dict[str, Spec], data: list[memoryview]) -> None:
+        """Runs in the writer's thread, one tensor after the other."""
         digest = hashlib.sha256()
         shard = self._shard(sum(map(spec_bytes, keys.values())))
-        for (key, spec), array in zip(keys.items(), arrays, strict=True):
-            data = _bytes(key, spec, array)
-            digest.update(data)
-            shard.append(key, spec, data)
+        for (key, spec), part in zip(keys.items(), data, strict=True):
+            digest.update(part)
+            shard.append(key, spec, part)
         if keys:
             entry["sha256"] = digest.hexdigest()
         self._log({"name": name, "shard": len(self._shards), "entry": entry})
-        self.entries[name] = entry
-        return entry
 
     def _describe(
         self, name: str, value: Any, rows: np.ndarray | None, about: dict[str, Any]
@@ -204,6 +219,7 @@ class PackfileWriter:
         if self._shards and not self._shards[-1].keys:
             return self._shards[-1]
         self._shards.append(Shard(self._folder.path, len(self._shards) + 1, self._room))
+        self._shards[-1].reserve(min(self._planned - sum(shard.size for shard in self._shards), self._max))
         return self._shards[-1]
 
     def _start(self) -> None:
@@ -260,6 +276,8 @@ class PackfileWriter:
         return True
 
     def _finish(self) -> None:
+        while self._pending:
+            self._pending.popleft().result()
         path = self._folder.path
         for entry in path.iterdir():  # what an interrupted finish left
             if entry.name != "journal" and not entry.name.startswith(("signs-", "rest-")):
@@ -317,6 +335,7 @@ class PackfileWriter:
         return found
 
     def _close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
         for shard in self._shards:
             shard.close()
         if self._journal >= 0:

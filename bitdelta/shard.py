@@ -9,6 +9,7 @@ padded with spaces. So the signs, nearly all bytes, are written once, and every 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -20,6 +21,7 @@ from .packfile import FORMAT_VERSION, Spec, spec_bytes
 from .tensor import DTYPES
 
 COPY_BYTES = 4 << 20  # at a time
+SYNC_BYTES = 32 << 20  # so that the disk writes while the next tensors are computed
 
 
 class Shard:
@@ -28,7 +30,7 @@ class Shard:
     def __init__(self, folder: Path, number: int, room: int) -> None:
         self.start = room  # of the data
         self.keys: dict[str, Spec] = {}
-        self.signs_bytes = self.rest_bytes = 0
+        self.signs_bytes = self.rest_bytes = self._unsynced = 0
         self.signs_path, self.rest_path = folder / f"signs-{number}", folder / f"rest-{number}"
         self.signs = os.open(self.signs_path, os.O_RDWR | os.O_CREAT, 0o666)
         self.rest = os.open(self.rest_path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -38,9 +40,22 @@ class Shard:
     def size(self) -> int:
         return self.signs_bytes + self.rest_bytes
 
+    def reserve(self, size: int) -> None:
+        """Asks for the disk space of so many bytes at once: twice as fast to fill, and full disks show early."""
+        if size > 0 and hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(self.signs, 0, self.start + size)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise  # those: a file system that cannot
+
     def append(self, key: str, spec: Spec, data: memoryview) -> None:
         write_all(self.signs if _is_sign(key, spec) else self.rest, data)
         self._count(key, spec)
+        self._unsynced += len(data)
+        if self._unsynced >= SYNC_BYTES:
+            os.fsync(self.signs)
+            self._unsynced = 0
 
     def skip(self, key: str, spec: Spec, digest: Any) -> None:
         """Counts what a dead writer has written, and hashes it."""
