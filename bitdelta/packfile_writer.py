@@ -97,7 +97,9 @@ class PackfileWriter:
         )
         self._room = _room(base, self._names)
         known = {name: entry for name, entry in self._names.items() if entry is not None}
-        self._planned = sum(spec_bytes(spec) for name in known for spec in keys_of(name, known[name]).values())
+        self._planned = sum(
+            spec_bytes(spec) for name in known for spec in keys_of(name, known[name]).values()
+        )
         self._max = max_shard_bytes
         self._shards: list[Shard] = []
         self._journal = -1
