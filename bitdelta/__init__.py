@@ -30,6 +30,7 @@ except ImportError as error:
 from . import reference
 from .array import as_bfloat16
 from .compress import compress
+from .config import show_config
 from .delta import Delta, extract
 from .errors import BaseMismatchError, DeviceError, Error, FormatError
 from .import_diff import import_diff
@@ -59,6 +60,7 @@ __all__ = [
     "merge",
     "reference",
     "set_num_threads",
+    "show_config",
     "verify",
 ]
 

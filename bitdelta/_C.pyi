@@ -1,0 +1,78 @@
+"""The arithmetic core, csrc/: private, positional, strict. Nothing is copied; outputs are written in place.
+
+A tensor is a NumPy array (ml_dtypes.bfloat16 and BFloat16Array too), or speaks DLPack or the buffer protocol, on
+the CPU. A matrix has rows of contiguous columns and any distance between rows. Kind and dtype are TypeError, shape
+and value ValueError, layout, alignment and overlap BufferError, another device bitdelta.DeviceError.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypedDict, final
+
+from .array import Tensor
+
+class _BuildInfo(TypedDict):
+    compiler: str
+    flags: str
+    cuda: str
+    sanitize: bool
+    python: str
+
+STREAM_ROWS: int  # up to so many rows, `linear` multiplies with the weight itself faster than BLAS
+
+@final
+class Delta:
+    """sign uint32 [P, S, L, 16] (64-byte aligned), scale fp32 [P, N], column fp32 [P, K] or None; all contiguous."""
+
+    def __new__(
+        cls, sign: Tensor, scale: Tensor, column: Tensor | None, shape: tuple[int, int], /
+    ) -> Delta: ...
+    @property
+    def planes(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+def extract(
+    base: Tensor,  # [N, K]
+    finetuned: Tensor,  # [N, K]
+    planes: int,
+    form: str,  # "tensor", "row", "rank1"
+    sign: Tensor,  # out: uint32 [P, S, L, 16], 64-byte aligned
+    scale: Tensor,  # out: fp32 [P] for "tensor", else [P, N]
+    column: Tensor | None,  # out: fp32 [P, K] for "rank1", else None
+    checksum: bool,
+    /,
+) -> int | None: ...  # CRC-32C of base's elements
+def expand(
+    out: Tensor,  # [row_end - row_begin, K]; may be base itself
+    base: Tensor | None,  # [N, K]
+    delta: Delta,
+    row_begin: int,
+    row_end: int,
+    /,
+) -> None: ...
+def linear(
+    out: Tensor,  # [M, N]
+    x: Tensor,  # [M, K]
+    weight: Tensor | None,  # [N, K]
+    product: Tensor | None,  # fp32 [M, N], instead of weight
+    bias: Tensor | None,  # [N]
+    deltas: Sequence[Delta],
+    tenant_ids: Sequence[int] | Tensor,  # [M], int64 or int32
+    precision: str,  # "fixed16", "float32"
+    /,
+) -> None: ...
+def linear_add(
+    y: Tensor, x: Tensor, deltas: Sequence[Delta], tenant_ids: Sequence[int] | Tensor, /
+) -> None: ...
+def linear_transposed(
+    out: Tensor, dy: Tensor, deltas: Sequence[Delta], tenant_ids: Sequence[int] | Tensor, /
+) -> None: ...
+def to_float32(out: Tensor, matrix: Tensor, /) -> None: ...
+def crc32c(buffer: Any, value: int = 0, /) -> int: ...
+def crc32c_combine(a: int, b: int, n_bytes_b: int, /) -> int: ...
+def set_num_threads(n: int, /) -> None: ...
+def get_num_threads() -> int: ...
+def isa() -> str: ...
+def isas() -> tuple[str, ...]: ...
+def set_isa(name: str, /) -> None: ...
+def build_info() -> _BuildInfo: ...
