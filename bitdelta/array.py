@@ -44,7 +44,7 @@ class BFloat16Array(np.ndarray[Any, np.dtype[np.uint16]]):
             return super().view()
         return self.bits.view(*args, **kwargs)
 
-    def astype(self, dtype: DTypeLike, *args: Any, **kwargs: Any) -> Any:
+    def astype(self, dtype: Any, *args: Any, **kwargs: Any) -> Any:
         """The values, by way of fp32."""
         if isinstance(dtype, type) and issubclass(dtype, BFloat16Array):
             raise TypeError("astype: BFloat16Array is no dtype; bitdelta.array.from_float32 rounds to it")
