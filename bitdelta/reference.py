@@ -177,7 +177,7 @@ def quantize(u: F32) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.b
     >>> quantize(np.array([[1.0, -0.5, 0.25]], np.float32))[:2]
     (array([[16384, -8192,  4096]]), array([1]))
     """
-    is_finite: NDArray[np.bool_] = np.isfinite(u).all(axis=1)
+    is_finite = np.asarray(np.isfinite(u).all(axis=1))
     clean = np.where(is_finite[:, None], u, np.float32(0))
     largest = np.abs(clean).max(axis=1, initial=0)
     e = np.maximum(np.frexp(largest)[1].astype(np.int64), MIN_EXPONENT)
