@@ -175,8 +175,9 @@ def work(rng):
 
     def compute():
         y = bitdelta.linear(x, base, deltas, ids)
-        d = bitdelta.extract(base, finetuned, 2, "rank1")
-        return y.tobytes() + d.sign.tobytes() + d.scale.tobytes() + d.column.tobytes()
+        d = bitdelta.extract(base, finetuned, 2)
+        g = bitdelta.linear_transposed(y, deltas, ids)
+        return y.tobytes() + d.sign.tobytes() + d.scale.tobytes() + g.tobytes()
 
     bitdelta.set_num_threads(1)
     expected = compute()
