@@ -1,0 +1,97 @@
+"""`bitdelta bench`: first every kernel is checked against the reference, then timed, on this machine.
+
+    machine    what it is, and how fast it reads memory
+    check      every instruction set against bitdelta.reference
+    products   delta products, extraction and expansion against the dense product, interleaved (data, timing)
+    files      a packfile's load, and compress against merely reading the same maps
+    goals      what each row should reach
+
+Everything timed rotates over more than 1 GB of random bits, so that nothing comes from a cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..errors import Error
+from ..table import table
+from . import check, files, goals, machine
+
+
+def run(suite: str = "cpu", quick: bool = False, log: Callable[[str], None] = print) -> dict[str, Any]:
+    """Checks, then measures.
+
+    Args:
+        suite: "cpu" for everything, "io" for packfile and compress only.
+        quick: small shapes and few repetitions; the figures mean nothing.
+        log: called with one line at a time.
+
+    Returns:
+        A dict that JSON can hold: `machine`, `checks`, `rows`, `not_measured`.
+
+    Raises:
+        bitdelta.Error: a kernel differs from the reference, or a measurement failed.
+    """
+    start = time.perf_counter()
+    report: dict[str, Any] = {"suite": suite, "quick": quick, "machine": machine.describe()}
+    for line in machine.lines(report["machine"]):
+        log(line)
+    rows: list[dict[str, Any]] = []
+    if suite == "cpu":
+        report["checks"] = check.kernels(log)
+        for threads in sorted({1, machine.cores()}):
+            rows += _products(threads, quick, log)
+    rows += files.measure(quick, log)
+    report["rows"] = [goals.judge(row, report["machine"]) for row in rows]
+    report["not_measured"] = goals.not_measured(report["rows"], report["machine"]) if suite == "cpu" else []
+    report["seconds"] = round(time.perf_counter() - start, 1)
+    return report
+
+
+def describe(report: dict[str, Any]) -> Iterator[str]:
+    """The report as lines of text."""
+    yield from machine.lines(report["machine"])
+    if "checks" in report:
+        yield f"checked against the reference: {report['checks']} results, every bit equal"
+    for title, rows in _sections(report["rows"]):
+        yield ""
+        yield from table(goals.COLUMNS, [goals.cells(row) for row in rows], title)
+    if report["not_measured"]:
+        yield ""
+        yield from report["not_measured"]
+    yield ""
+    if report["quick"]:
+        yield "--quick: small shapes, few repetitions; these figures mean nothing"
+    yield "medians; spread: half the distance of the 20th and 80th percentiles, in percent of the median"
+    yield "against: the time relative to the best dense product of the same shape, rows and threads in this run"
+    yield f"the run took {report['seconds']} s"
+
+
+def _products(threads: int, quick: bool, log: Callable[[str], None]) -> list[dict[str, Any]]:
+    """bench/products.py in a process of its own, since BLAS libraries read their thread count at the start."""
+    variables = ("BITDELTA", "OMP", "OPENBLAS", "MKL", "VECLIB")
+    environment = {**os.environ, **{f"{name}_NUM_THREADS": str(threads) for name in variables}}
+    command = [sys.executable, "-m", "bitdelta.bench.products", str(threads), *(["--quick"] if quick else [])]
+    rows = []
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            message = json.loads(line)
+            if "log" in message:
+                log(message["log"])
+            else:
+                rows.append(message)
+    if process.returncode:
+        raise Error(f"the measurement with {threads} threads ended with status {process.returncode}")
+    return rows
+
+
+def _sections(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    for title in dict.fromkeys(map(goals.section, rows)):
+        yield title, [row for row in rows if goals.section(row) == title]
