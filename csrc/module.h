@@ -65,7 +65,7 @@ int check_n_arguments(const char *function, Py_ssize_t nargs, Py_ssize_t least, 
 extern PyType_Spec delta_spec;          /* py_delta.c */
 extern PyMethodDef delta_functions[];   /* py_delta.c: extract, expand */
 extern PyMethodDef product_functions[]; /* py_linear.c: linear, linear_add, linear_transposed */
-extern PyMethodDef byte_functions[];    /* py_bytes.c: to_float32, crc32c, crc32c_combine */
+extern PyMethodDef byte_functions[];    /* py_bytes.c: to_float32, crc32c, crc32c_combine, read */
 
 /* A Delta object's view, or NULL with TypeError when object is not a Delta of this module. */
 const bd_delta *delta_view(module_state *state, PyObject *object, const char *name);

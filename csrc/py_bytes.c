@@ -88,33 +88,59 @@ PyDoc_STRVAR(crc32c_doc,
              "crc32c($module, buffer, value=0, /)\n--\n\n"
              "CRC-32C of contiguous memory, continuing from value.");
 
+/* A view of contiguous memory of whole bytes; 0, or -1 with an exception and an empty view. */
+static int
+acquire_bytes(PyObject *module, PyObject *object, tensor *view)
+{
+    if (tensor_acquire(get_state(module), object, "buffer", TENSOR_INPUT, view) < 0) {
+        return -1;
+    }
+    if (view->dtype.bits % 8 != 0) {
+        PyErr_Format(PyExc_TypeError, "buffer: expected whole bytes, got elements of %d bits",
+                     view->dtype.bits);
+    } else if (check_contiguous(view, "buffer", 1) == 0) {
+        return 0;
+    }
+    tensor_release(view);
+    return -1;
+}
+
 static PyObject *
 py_crc32c(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     tensor view = {0};
     unsigned long long value = 0;
+    uint32_t crc = 0;
     if (check_n_arguments("crc32c", nargs, 1, 2) < 0 ||
         (nargs == 2 && parse_unsigned(args[1], "value", UINT32_MAX, &value) < 0) ||
-        tensor_acquire(get_state(module), args[0], "buffer", TENSOR_INPUT, &view) < 0) {
+        acquire_bytes(module, args[0], &view) < 0) {
         return NULL;
-    }
-    uint32_t crc = 0;
-    if (view.dtype.bits % 8 != 0) {
-        PyErr_Format(PyExc_TypeError, "buffer: expected whole bytes, got elements of %d bits",
-                     view.dtype.bits);
-        goto fail;
-    }
-    if (check_contiguous(&view, "buffer", 1) < 0) {
-        goto fail;
     }
     Py_BEGIN_ALLOW_THREADS crc =
         bd_crc32c((uint32_t)value, view.data, (size_t)tensor_n_bytes(&view));
     Py_END_ALLOW_THREADS tensor_release(&view);
     return PyLong_FromUnsignedLong(crc);
+}
 
-fail:
+PyDoc_STRVAR(
+    read_doc,
+    "read($module, buffer, /)\n--\n\n"
+    "Reads contiguous memory with all threads; returns the exclusive or of its 64-bit words.");
+
+static PyObject *
+py_read(PyObject *module, PyObject *buffer)
+{
+    tensor view = {0};
+    bd_context ctx = {0};
+    uint64_t folded = 0;
+    if (acquire_bytes(module, buffer, &view) < 0) {
+        return NULL;
+    }
+    context_enter(get_state(module), &ctx);
+    Py_BEGIN_ALLOW_THREADS folded = bd_read(&ctx, view.data, (size_t)tensor_n_bytes(&view));
+    Py_END_ALLOW_THREADS context_leave(&ctx);
     tensor_release(&view);
-    return NULL;
+    return PyLong_FromUnsignedLongLong(folded);
 }
 
 PyDoc_STRVAR(crc32c_combine_doc,
@@ -139,5 +165,6 @@ PyMethodDef byte_functions[] = {
     {"crc32c", (PyCFunction)(void (*)(void))py_crc32c, METH_FASTCALL, crc32c_doc},
     {"crc32c_combine", (PyCFunction)(void (*)(void))py_crc32c_combine, METH_FASTCALL,
      crc32c_combine_doc},
+    {"read", py_read, METH_O, read_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -24,6 +24,7 @@ import numpy as np
 
 from .. import _C
 from ..errors import Error
+from ..threads import sync
 
 LAYERS, WIDTH, INNER, VOCABULARY = 4, 4096, 11008, 32000  # 2.1 GB in bf16
 QUICK = (1, 256, 512, 512)
@@ -118,6 +119,7 @@ def _reading_seconds(root: Path) -> float:
 
 def read_maps(*folders: str) -> float:
     """Seconds of mapping every file and reading every byte, with the library's threads."""
+    sync()
     start = time.perf_counter()
     for folder in folders:
         for path in sorted(Path(folder).glob("*.safetensors")):
@@ -136,7 +138,10 @@ def _compress(root: Path) -> tuple[float, int]:
     arguments = ["compress", str(root / "base"), str(root / "finetuned"), "--out", str(out), "--json"]
     start, peak = time.perf_counter(), 0
     with subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         while process.poll() is None:
             peak = max(peak, _anonymous_bytes(process.pid))

@@ -87,7 +87,9 @@ def not_measured(rows: list[dict[str, Any]], facts: dict[str, Any]) -> list[str]
     if facts.get("torch") is None and "maps" not in seen:
         lines.append("the dense products of PyTorch: not measured here (PyTorch is not installed)")
     kinds = {row["kind"] for row in rows}
-    lines += [f"{NAMES[kind]}: not measured here (no /proc)" for kind in ("load", "memory") if kind not in kinds]
+    lines += [
+        f"{NAMES[kind]}: not measured here (no /proc)" for kind in ("load", "memory") if kind not in kinds
+    ]
     return lines
 
 

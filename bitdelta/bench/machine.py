@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .. import _C
+from ..threads import get_num_threads
 
 
 def describe() -> dict[str, Any]:
@@ -53,7 +54,7 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
 
 def cores() -> int:
     """Threads that this process may use at once, as the library counts them."""
-    return max(1, _C.get_num_threads())
+    return get_num_threads()
 
 
 def is_zen5(facts: dict[str, Any]) -> bool:

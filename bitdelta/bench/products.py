@@ -18,6 +18,7 @@ import numpy as np
 from .. import _C
 from ..array import aligned_empty, empty_like
 from ..linear import linear
+from ..threads import set_num_threads
 from . import machine
 from .data import FULL, QUICK, Data, at
 from .timing import Case, Sample, fastest, interleaved
@@ -68,7 +69,10 @@ class Bench:
 
     def libraries(self, x: Any) -> Cases:
         isa, n_bytes, torch = self.isas[0], self.weight_bytes, self.torch
-        wide, floats = np.left_shift(x.bits, 16, dtype=np.uint32).view(np.float32), self.data.float_weights(*self.shape)
+        wide, floats = (
+            np.left_shift(x.bits, 16, dtype=np.uint32).view(np.float32),
+            self.data.float_weights(*self.shape),
+        )
         if torch is None:
             return {("dense", "NumPy fp32"): Case(lambda turn: wide @ at(floats, turn).T, 2 * n_bytes, isa)}
         product = torch.nn.functional.linear
@@ -198,6 +202,7 @@ def rows_of(cases: Cases, samples: dict[tuple[str, str], Sample], bandwidth: flo
 
 
 def measure(threads: int, quick: bool, emit: Callable[[dict[str, Any]], None]) -> None:
+    set_num_threads(threads)
     torch = _torch(threads) if threads > 1 or not quick else None
     data = Data(QUICK if quick else FULL)
     bandwidth = machine.read_bandwidth(data.words, 3 if quick else 9)
