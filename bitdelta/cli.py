@@ -232,17 +232,15 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:  # noqa: BLE001 - whatever it is, the user reads one line
-        usage = hasattr(error, "format_message") and hasattr(
-            error, "exit_code"
-        )  # typer's own or click's ClickException
-        known = usage or isinstance(
+        usage = getattr(error, "format_message", None)  # typer's own or click's ClickException
+        known = usage is not None or isinstance(
             error, (Error, OSError, ValueError, TypeError, BufferError, MemoryError, ImportError)
         )
         if "--debug" in arguments:
             import traceback
 
             traceback.print_exc()
-        text = error.format_message() if usage else str(error) or type(error).__name__
+        text = str(usage()) if usage else str(error) or type(error).__name__
         if not known:
             text = f"internal error: {type(error).__name__}: {text}; --debug shows where"
         line = " ".join(text.split())

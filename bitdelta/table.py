@@ -1,4 +1,4 @@
-"""Tables for the terminal: rich's where the answer goes to a terminal and rich is there, else plain columns."""
+"""Tables for the terminal: rich's where stdout is a terminal and rich is there, else plain columns."""
 
 from __future__ import annotations
 

@@ -69,12 +69,12 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
     if report["quick"]:
         yield "--quick: small shapes, few repetitions; these figures mean nothing"
     yield "medians; spread: half the distance of the 20th and 80th percentiles, in percent of the median"
-    yield "against: the time relative to the best dense product of the same shape, rows and threads in this run"
+    yield "against: the time relative to the best dense product of the same shape, rows and threads"
     yield f"the run took {report['seconds']} s"
 
 
 def _products(threads: int, quick: bool, log: Callable[[str], None]) -> list[dict[str, Any]]:
-    """bench/products.py in a process of its own, since BLAS libraries read their thread count at the start."""
+    """bench/products.py in a process of its own: BLAS libraries read their thread count at the start."""
     variables = ("BITDELTA", "OMP", "OPENBLAS", "MKL", "VECLIB")
     environment = {**os.environ, **{f"{name}_NUM_THREADS": str(threads) for name in variables}}
     command = [sys.executable, "-m", "bitdelta.bench.products", str(threads), *(["--quick"] if quick else [])]

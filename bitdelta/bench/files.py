@@ -1,7 +1,7 @@
 """A packfile's load, and compress against merely reading the same maps, on checkpoints made here.
 
-The pair is made in a temporary folder (4 GB in all, removed afterwards) and lies in the page cache. Reading and
-compress run in turn, each in a new process, so that both touch every page of their maps for the first time.
+The pair is made in a temporary folder (4 GB in all, removed afterwards) and lies in the page cache. Reading
+and compress run in turn, each in a new process, so that both touch every page for the first time.
 
     python -m bitdelta.bench.files BASE FINETUNED     # what reading costs: seconds, one JSON number
 """
@@ -78,7 +78,8 @@ def _shapes(layers: int, width: int, inner: int, vocabulary: int) -> Iterator[tu
 def write_pair(root: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
     """Two bf16 checkpoints, `base` and `finetuned`, in `root`; bytes of both, and of the largest tensor."""
     rng = np.random.default_rng(0)
-    header, offset = {}, 0
+    header: dict[str, dict[str, Any]] = {}
+    offset = 0
     for name, shape in shapes.items():
         size = 2 * int(np.prod(shape))
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
@@ -129,7 +130,7 @@ def read_maps(*folders: str) -> float:
 
 
 def _compress(root: Path) -> tuple[float, int]:
-    """Runs the command; its seconds from start to exit and its largest anonymous memory in bytes (0: unknown)."""
+    """Runs the command: its seconds, start and exit included, and its peak of anonymous bytes (0: unknown)."""
     out = root / "delta"
     if out.exists():
         out.rename(root / "old")

@@ -1,8 +1,8 @@
 """What each row should reach, whether it did, and how a row is shown.
 
-A goal is a largest time relative to the dense product ("ratio"), a least share of the read bandwidth ("share"), or a
-largest multiple ("times", "bytes"). Machines differ: without AMX more rows of one tenant are dearer, and Zen 5 reads
-its memory so fast that a delta's product is bound by arithmetic.
+A goal is a largest time relative to the dense product ("ratio"), a least share of the read bandwidth ("share"),
+or a largest multiple ("times", "bytes"). Machines differ: without AMX many rows of one tenant are dearer, and Zen
+5 reads its memory so fast that a delta's product is bound by arithmetic.
 """
 
 from __future__ import annotations

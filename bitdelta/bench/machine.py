@@ -47,8 +47,8 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
     )
     yield f"instruction sets: {', '.join(facts['isas'])}; used: {facts['isa']}"
     yield (
-        f"bitdelta {facts['bitdelta']} ({facts['compiler']}), Python {facts['python']}, NumPy {facts['numpy']}, "
-        f"torch {facts['torch'] or 'not installed'}, {facts['system']}"
+        f"bitdelta {facts['bitdelta']} ({facts['compiler']}), Python {facts['python']}, "
+        f"NumPy {facts['numpy']}, torch {facts['torch'] or 'not installed'}, {facts['system']}"
     )
 
 

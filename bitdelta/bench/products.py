@@ -2,8 +2,9 @@
 
     python -m bitdelta.bench.products THREADS [--quick]     # one JSON object a line: {"log": ...} or a row
 
-Run as a process of its own by `bitdelta bench`, with BLAS set to the same number of threads. Each group of cases
-is timed interleaved, so that a ratio compares what ran side by side. N output rows, K input columns, M rows of x.
+Run as a process of its own by `bitdelta bench`, with BLAS set to the same number of threads. Each group of
+cases is timed interleaved, so that a ratio compares what ran side by side. N output rows, K input columns, M rows
+of x.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ class Bench:
 
 
 def rows_of(cases: Cases, samples: dict[tuple[str, str], Sample], bandwidth: float) -> list[dict[str, Any]]:
-    """What is reported of a group: ratios to its best dense product, shares of its own reading where it has one."""
+    """A group's rows: ratios to its best dense product, shares of its own reading where it has one."""
     dense = [sample.median for (kind, _), sample in samples.items() if kind.endswith("dense")]
     if ("read", "") in samples:
         bandwidth = cases["read", ""].n_bytes / samples["read", ""].median
