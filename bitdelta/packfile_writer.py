@@ -106,7 +106,7 @@ class PackfileWriter:
         self._thread = ThreadPoolExecutor(1, "bitdelta-writer")
         self._pending: deque[Future[None]] = deque()
 
-    def __enter__(self) -> PackfileWriter:  # noqa: PYI034 - typing.Self is Python 3.11's
+    def __enter__(self) -> PackfileWriter:
         refuse_inside(self.out_dir, self.base.root)
         self._folder = PendingFolder(self.out_dir)
         try:

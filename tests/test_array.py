@@ -6,6 +6,7 @@ import pickle
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import DTYPES, KINDS, bits, tensor
 
 import bitdelta
 from bitdelta.array import (
@@ -17,7 +18,6 @@ from bitdelta.array import (
     from_float32,
     to_float32,
 )
-from conftest import DTYPES, KINDS, bits, tensor
 
 ALL = np.arange(1 << 16, dtype=np.uint16)
 

@@ -398,7 +398,7 @@ def library(path):
         with safe_open(path, "np") as file:
             return {
                 name: (part.get_dtype(), tuple(part.get_shape()))
-                for name in file.keys()  # noqa: SIM118 - not a dict
+                for name in file.keys()
                 for part in [file.get_slice(name)]
             }
     except Exception:  # noqa: BLE001 - its own error type

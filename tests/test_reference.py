@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from conftest import DTYPES, KINDS, TOLERANCE, bits, pair, tensor
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bitdelta import reference
 from bitdelta.array import aligned_empty, as_bfloat16, from_float32, to_float32
 from bitdelta.delta import Delta
-from conftest import DTYPES, KINDS, TOLERANCE, bits, pair, tensor
 
 F32 = np.float32
 

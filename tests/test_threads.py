@@ -9,10 +9,10 @@ import warnings
 
 import numpy as np
 import pytest
+from conftest import pair
 
 import bitdelta
 from bitdelta import threads
-from conftest import pair
 
 # the number of threads
 
@@ -94,7 +94,9 @@ def test_a_module_torch_that_is_still_loading_is_no_torch(monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity masks")
 def test_the_affinity_mask_is_respected():
     one = min(os.sched_getaffinity(0))
-    script = f"import os; os.sched_setaffinity(0, {{{one}}}); import bitdelta; print(bitdelta.get_num_threads())"
+    script = (
+        f"import os; os.sched_setaffinity(0, {{{one}}}); import bitdelta; print(bitdelta.get_num_threads())"
+    )
     assert python(script) == ["1"]
 
 
@@ -143,7 +145,10 @@ V1 = "5:devices:/a\n4:cpu,cpuacct:/a/b\n1:name=systemd:/a\n"
             V1, {"cpu/a/cpu.cfs_quota_us": "50000", "cpu/a/cpu.cfs_period_us": "100000"}, 0.5, id="v1 parent"
         ),
         pytest.param(
-            V1, {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None, id="v1 without a limit"
+            V1,
+            {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"},
+            None,
+            id="v1 without a limit",
         ),
         pytest.param(
             V1 + "0::/a\n",
