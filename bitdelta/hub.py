@@ -2,7 +2,7 @@
 
     NAME, OWNER/NAME, OWNER/NAME@REVISION      REVISION = branch, tag or commit; main by default
 
-A folder wins over an id of the same name. Downloads, the cache, tokens and HF_HUB_OFFLINE are huggingface_hub's business.
+A folder wins over an id of the same name. Downloads, the cache, tokens and HF_HUB_OFFLINE are huggingface_hub's.
 """
 
 from __future__ import annotations

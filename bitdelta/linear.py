@@ -40,7 +40,7 @@ def linear(
     """y[m] = x[m] W^T + sum_p scale_p(t) (x[m] S_p(t)^T) + bias, with t = tenant_ids[m].
 
     The planes' terms in order, then the base product, then the bias are summed in fp32; one rounding to out's dtype
-    follows. A row of x with NaN or Inf (times its column scale) gives a row of NaN; rows of tenant -1 propagate as usual.
+    follows. A row of x with NaN or Inf (times its column scale) gives a row of NaN; rows of tenant -1 propagate.
 
     Args:
         x: [M, K] of fp32, fp16 or bf16; rows contiguous, any row stride.
@@ -49,8 +49,8 @@ def linear(
         tenant_ids: M integers: the row's index in `deltas`, or -1 for the base alone.
         bias: [N], or None.
         precision: "fixed16" (x in 16 bits with one exponent a row: relative error some 5e-5 on Gaussian rows,
-            the same bits everywhere); "float32" (sums of fp32 by scalar code, slow); "merged" (W' = round(base + delta) in weight's
-            dtype, then BLAS: fast for hundreds of rows of one tenant, rounded once more).
+            the same bits everywhere); "float32" (sums of fp32 by scalar code, slow); "merged" (W' = round(base +
+            delta) in weight's dtype, then BLAS: fast for hundreds of rows of one tenant, rounded once more).
         out: [M, N] to write to; it overlaps no input. Default: new, of x's kind and dtype.
 
     Returns:

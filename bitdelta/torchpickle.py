@@ -163,15 +163,15 @@ def _interpret(pickled: bytes, path: Path) -> Any:
             item = stack.pop()
             _expect(stack[-1], list).append(item)
         elif name == "APPENDS":
-            items = pop_to_mark()
-            _expect(stack[-1], list).extend(items)
+            values = pop_to_mark()
+            _expect(stack[-1], list).extend(values)
         elif name == "SETITEM":
             value = stack.pop()
             key = stack.pop()
             _set_items(_expect(stack[-1], dict), [key, value])
         elif name == "SETITEMS":
-            items = pop_to_mark()
-            _set_items(_expect(stack[-1], dict), items)
+            pairs = pop_to_mark()
+            _set_items(_expect(stack[-1], dict), pairs)
         elif name == "GLOBAL":
             stack.append(_name(argument, position, path))
         elif name == "STACK_GLOBAL":
@@ -270,11 +270,13 @@ def _reduce(function: _Name, arguments: tuple[Any, ...], path: Path) -> Any:
     if function.text == REBUILD_TENSOR:
         if len(arguments) not in (6, 7):
             raise ValueError(f"_rebuild_tensor_v2 with {len(arguments)} arguments")
-        return _rebuild(*arguments[:4], path)
+        storage, offset, shape, stride = arguments[:4]
+        return _rebuild(storage, offset, shape, stride, path)
     if function.text == REBUILD_TENSOR_DTYPE:
         if len(arguments) not in (7, 8):
             raise ValueError(f"_rebuild_tensor_v3 with {len(arguments)} arguments")
-        return _rebuild(_typed(arguments[0], arguments[6]), *arguments[1:4], path)
+        storage, offset, shape, stride = arguments[:4]
+        return _rebuild(_typed(storage, arguments[6]), offset, shape, stride, path)
     raise ValueError(f"{function.text!r} is called")
 
 

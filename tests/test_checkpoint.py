@@ -477,8 +477,17 @@ def test_an_index_that_leads_elsewhere_is_refused_by_name(tmp_path):
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
     write(folder / "sub" / "model.safetensors", SOME)
-    bad = ["../secret/model.safetensors", str(secret), "sub/model.safetensors", "./model.safetensors", "..", "",
-           "a\\b.safetensors", "a\0.safetensors", "a\n.safetensors", 3, None, ["model.safetensors"], "x.bin"]  # fmt: skip
+    bad = [
+        *(
+            "../secret/model.safetensors",
+            str(secret),
+            "sub/model.safetensors",
+            "./model.safetensors",
+            "..",
+            "",
+        ),
+        *("a\\b.safetensors", "a\0.safetensors", "a\n.safetensors", 3, None, ["model.safetensors"], "x.bin"),
+    ]
     for name in bad:
         write_index(folder, {"model.norm.weight": name})
         refused("model.norm.weight: expected the name of a .safetensors file in this folder", folder)

@@ -257,7 +257,9 @@ def test_linear_is_x_times_base_plus_delta(rng, dtype, kind, scale):
     y = to_float32(reference.linear(x, base, deltas, [0, 1, -1, 1]))
     wide = [to_float32(base).astype(np.float64)] * 2 + [to_float32(base)]
     wide = [wide[t] + (reference.expand(None, deltas[t]) if t < 2 else 0) for t in (0, 1, 2, 1)]
-    exact = np.stack([weight @ row for weight, row in zip(wide, to_float32(x).astype(np.float64))])
+    exact = np.stack(
+        [weight @ row for weight, row in zip(wide, to_float32(x).astype(np.float64), strict=True)]
+    )
     assert np.abs(y - exact).max() <= TOLERANCE[dtype] * np.abs(exact).max()
 
 
