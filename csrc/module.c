@@ -30,11 +30,42 @@ context_enter(module_state *state, bd_context *ctx)
 void
 context_leave(bd_context *ctx)
 {
-    bd_pool *pool = ctx->pool;
-    ctx->pool = NULL;
-    Py_BEGIN_ALLOW_THREADS /* the last release joins threads */
-        bd_pool_release(pool);
-    Py_END_ALLOW_THREADS
+    bd_pool_release(ctx->pool);
+}
+
+PyObject *
+save_exception(void)
+{
+#if PY_VERSION_HEX >= 0x030C0000
+    return PyErr_GetRaisedException();
+#else
+    PyObject *type = NULL, *value = NULL, *traceback = NULL;
+    PyErr_Fetch(&type, &value, &traceback);
+    if (type != NULL) {
+        PyErr_NormalizeException(&type, &value, &traceback);
+        if (traceback != NULL) {
+            PyException_SetTraceback(value, traceback);
+        }
+    }
+    Py_XDECREF(type);
+    Py_XDECREF(traceback);
+    return value;
+#endif
+}
+
+void
+restore_exception(PyObject *exception)
+{
+    if (exception == NULL) {
+        return;
+    }
+#if PY_VERSION_HEX >= 0x030C0000
+    PyErr_SetRaisedException(exception);
+#else
+    PyObject *type = (PyObject *)Py_TYPE(exception);
+    Py_INCREF(type);
+    PyErr_Restore(type, exception, PyException_GetTraceback(exception));
+#endif
 }
 
 PyObject *
@@ -71,6 +102,28 @@ check_n_arguments(const char *function, Py_ssize_t nargs, Py_ssize_t least, Py_s
     return -1;
 }
 
+int
+parse_int(PyObject *object, const char *name, int64_t least, int64_t most, int64_t *out)
+{
+    if (!PyIndex_Check(object) || PyBool_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "%s: expected an int, got %.80s", name,
+                     Py_TYPE(object)->tp_name);
+        return -1;
+    }
+    PyObject *number = PyNumber_Index(object);
+    if (number == NULL) {
+        return -1;
+    }
+    int overflow = 0;
+    *out = PyLong_AsLongLongAndOverflow(number, &overflow);
+    if (overflow != 0 || *out < least || *out > most) {
+        PyErr_Format(PyExc_ValueError, "%s: expected %lld .. %lld, got %S", name, (long long)least,
+                     (long long)most, number);
+    }
+    Py_DECREF(number);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
 /* ---- threads ---- */
 
 PyDoc_STRVAR(set_num_threads_doc,
@@ -81,36 +134,27 @@ static PyObject *
 py_set_num_threads(PyObject *module, PyObject *argument)
 {
     module_state *state = get_state(module);
-    if (!PyLong_Check(argument) || PyBool_Check(argument)) {
-        PyErr_Format(PyExc_TypeError, "n: expected an int, got %.80s", Py_TYPE(argument)->tp_name);
+    int64_t n_threads = 0;
+    if (parse_int(argument, "n", 1, MAX_THREADS, &n_threads) < 0) {
         return NULL;
     }
-    int overflow = 0;
-    long n_threads = PyLong_AsLongAndOverflow(argument, &overflow);
-    if (n_threads == -1 && PyErr_Occurred()) {
-        return NULL;
-    }
-    if (overflow != 0 || n_threads < 1 || n_threads > MAX_THREADS) {
-        PyErr_Format(PyExc_ValueError, "n: expected 1 .. %d threads, got %S", MAX_THREADS,
-                     argument);
-        return NULL;
-    }
-    bd_context old = {0};
-    context_enter(state, &old);
-    int is_same = bd_pool_size(old.pool) == (int)n_threads;
-    context_leave(&old);
+    STATE_LOCK(state);
+    int is_same = bd_pool_size(state->pool) == (int)n_threads;
+    STATE_UNLOCK(state);
     if (is_same) {
         Py_RETURN_NONE;
     }
-    bd_pool *pool = NULL;
+    bd_pool *pool = NULL, *old = NULL;
     if (n_threads > 1 && (pool = bd_pool_create((int)n_threads)) == NULL) {
         return PyErr_NoMemory();
     }
     STATE_LOCK(state);
-    old.pool = state->pool;
+    old = state->pool;
     state->pool = pool;
     STATE_UNLOCK(state);
-    context_leave(&old);
+    Py_BEGIN_ALLOW_THREADS /* the last release joins the threads */
+        bd_pool_release(old);
+    Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 

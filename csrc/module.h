@@ -51,15 +51,22 @@ get_state(PyObject *module)
     return (module_state *)PyModule_GetState(module);
 }
 
-/* The pool and kernels of one call; keeps the pool alive until it is left. */
+/* The pool and kernels of one call; keeps the pool alive until it is left, which needs no GIL. */
 void context_enter(module_state *state, bd_context *ctx);
 void context_leave(bd_context *ctx);
+
+/* The pending exception, taken (NULL: none), and put back (steals; NULL: nothing happens). */
+PyObject *save_exception(void);
+void restore_exception(PyObject *exception);
 
 /* Raises what a status of a bd_* call means. Returns NULL, or None for BD_OK. */
 PyObject *return_status(bd_status status);
 
 /* 0, or -1 with TypeError: a function takes least .. most positional arguments. */
 int check_n_arguments(const char *function, Py_ssize_t nargs, Py_ssize_t least, Py_ssize_t most);
+
+/* An int, least .. most; 0, or -1 with TypeError or ValueError that names the argument. */
+int parse_int(PyObject *object, const char *name, int64_t least, int64_t most, int64_t *out);
 
 /* One type and the functions of the module, by file. */
 extern PyType_Spec delta_spec;          /* py_delta.c */

@@ -48,11 +48,12 @@ py_to_float32(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     bd_context ctx = {0};
     bd_status status = BD_OK;
     context_enter(state, &ctx);
-    Py_BEGIN_ALLOW_THREADS if (source.n_rows > 0 && source.n_columns > 0)
-    {
-        status = bd_to_float32(&ctx, &source, out_matrix.data);
-    }
-    Py_END_ALLOW_THREADS context_leave(&ctx);
+    Py_BEGIN_ALLOW_THREADS
+        if (source.n_rows > 0 && source.n_columns > 0) {
+            status = bd_to_float32(&ctx, &source, out_matrix.data);
+        }
+        context_leave(&ctx);
+    Py_END_ALLOW_THREADS
     result = return_status(status);
 
 done:
@@ -116,9 +117,10 @@ py_crc32c(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
         acquire_bytes(module, args[0], &view) < 0) {
         return NULL;
     }
-    Py_BEGIN_ALLOW_THREADS crc =
-        bd_crc32c((uint32_t)value, view.data, (size_t)tensor_n_bytes(&view));
-    Py_END_ALLOW_THREADS tensor_release(&view);
+    Py_BEGIN_ALLOW_THREADS
+        crc = bd_crc32c((uint32_t)value, view.data, (size_t)tensor_n_bytes(&view));
+    Py_END_ALLOW_THREADS
+    tensor_release(&view);
     return PyLong_FromUnsignedLong(crc);
 }
 
@@ -137,8 +139,10 @@ py_read(PyObject *module, PyObject *buffer)
         return NULL;
     }
     context_enter(get_state(module), &ctx);
-    Py_BEGIN_ALLOW_THREADS folded = bd_read(&ctx, view.data, (size_t)tensor_n_bytes(&view));
-    Py_END_ALLOW_THREADS context_leave(&ctx);
+    Py_BEGIN_ALLOW_THREADS
+        folded = bd_read(&ctx, view.data, (size_t)tensor_n_bytes(&view));
+        context_leave(&ctx);
+    Py_END_ALLOW_THREADS
     tensor_release(&view);
     return PyLong_FromUnsignedLongLong(folded);
 }

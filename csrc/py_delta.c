@@ -35,17 +35,6 @@ check_sizes(int64_t N, int64_t K)
 }
 
 static int
-check_planes(const char *name, int64_t P)
-{
-    if (P >= 1 && P <= BD_MAX_PLANES) {
-        return 0;
-    }
-    PyErr_Format(PyExc_ValueError, "%s: expected 1 .. %d planes, got %lld", name, BD_MAX_PLANES,
-                 (long long)P);
-    return -1;
-}
-
-static int
 acquire_sign(module_state *state, PyObject *object, int mode, int64_t P, int64_t N, int64_t K,
              tensor *out)
 {
@@ -99,11 +88,15 @@ delta_fill(module_state *state, delta_object *self, PyObject *sign, PyObject *sc
            PyObject *column, int64_t N, int64_t K)
 {
     if (check_sizes(N, K) < 0 ||
-        acquire_sign(state, sign, TENSOR_KEEP, ANY_SIZE, N, K, &self->sign) < 0 ||
-        check_planes("sign", self->sign.shape[0]) < 0) {
+        acquire_sign(state, sign, TENSOR_KEEP, ANY_SIZE, N, K, &self->sign) < 0) {
         return -1;
     }
     int64_t P = self->sign.shape[0];
+    if (P < 1 || P > BD_MAX_PLANES) {
+        PyErr_Format(PyExc_ValueError, "sign: expected 1 .. %d planes, got %lld", BD_MAX_PLANES,
+                     (long long)P);
+        return -1;
+    }
     const int64_t row_shape[] = {P, N}, column_shape[] = {P, K};
     if (acquire_floats(state, scale, "scale", "[P, N]", TENSOR_KEEP, 2, row_shape, &self->scale) <
         0) {
@@ -131,13 +124,15 @@ PyDoc_STRVAR(
 static PyObject *
 delta_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    PyObject *sign = NULL, *scale = NULL, *column = NULL; /* borrowed */
-    long long N = 0, K = 0;
+    PyObject *sign = NULL, *scale = NULL, *column = NULL, *n_rows = NULL, *n_columns = NULL;
+    int64_t N = 0, K = 0;
     if (kwargs != NULL && PyDict_GET_SIZE(kwargs) > 0) {
         PyErr_SetString(PyExc_TypeError, "Delta: expected positional arguments only");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args, "OOO(LL):Delta", &sign, &scale, &column, &N, &K)) {
+    if (!PyArg_ParseTuple(args, "OOO(OO):Delta", &sign, &scale, &column, &n_rows, &n_columns) ||
+        parse_int(n_rows, "shape", 1, INT64_MAX, &N) < 0 ||
+        parse_int(n_columns, "shape", 1, INT64_MAX, &K) < 0) {
         return NULL;
     }
     module_state *state = PyType_GetModuleState(type);
@@ -269,11 +264,9 @@ check_outputs_apart(const extraction *job)
 static int
 extraction_acquire(module_state *state, PyObject *const *args, extraction *job)
 {
-    long planes = PyLong_AsLong(args[2]);
-    if (planes == -1 && PyErr_Occurred()) {
-        return -1;
-    }
-    if (check_planes("planes", planes) < 0 || parse_form(args[3], &job->form) < 0) {
+    int64_t planes = 0;
+    if (parse_int(args[2], "planes", 1, BD_MAX_PLANES, &planes) < 0 ||
+        parse_form(args[3], &job->form) < 0) {
         return -1;
     }
     job->P = (int)planes;
@@ -328,10 +321,12 @@ py_extract(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     uint32_t crc = 0;
     bd_status status = BD_OK;
     context_enter(state, &ctx);
-    Py_BEGIN_ALLOW_THREADS status =
-        bd_extract(&ctx, &job.base_matrix, &job.finetuned_matrix, job.P, job.form, job.sign.data,
-                   job.scale.data, job.column.data, checksum ? &crc : NULL, &bad);
-    Py_END_ALLOW_THREADS context_leave(&ctx);
+    Py_BEGIN_ALLOW_THREADS
+        status = bd_extract(&ctx, &job.base_matrix, &job.finetuned_matrix, job.P, job.form,
+                            job.sign.data, job.scale.data, job.column.data, checksum ? &crc : NULL,
+                            &bad);
+        context_leave(&ctx);
+    Py_END_ALLOW_THREADS
     if (status == BD_ERR_NONFINITE) {
         raise_nonfinite(&bad);
     } else if (status != BD_OK || !checksum) {
@@ -350,23 +345,6 @@ done:
 }
 
 /* ---- expand ---- */
-
-/* One of the row bounds; -1 with an exception. */
-static int
-parse_bound(PyObject *object, const char *name, int64_t least, int64_t most, int64_t *out)
-{
-    long long value = PyLong_AsLongLong(object);
-    if (value == -1 && PyErr_Occurred()) {
-        return -1;
-    }
-    if (value < least || value > most) {
-        PyErr_Format(PyExc_ValueError, "%s: expected %lld .. %lld, got %lld", name,
-                     (long long)least, (long long)most, value);
-        return -1;
-    }
-    *out = value;
-    return 0;
-}
 
 /* Whether out is base itself, all of it: the one overlap that expand allows. */
 static int
@@ -393,8 +371,8 @@ py_expand(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
         return NULL;
     }
     const bd_delta *delta = delta_view(state, args[2], "delta");
-    if (delta == NULL || parse_bound(args[3], "row_begin", 0, delta->N, &begin) < 0 ||
-        parse_bound(args[4], "row_end", begin, delta->N, &end) < 0) {
+    if (delta == NULL || parse_int(args[3], "row_begin", 0, delta->N, &begin) < 0 ||
+        parse_int(args[4], "row_end", begin, delta->N, &end) < 0) {
         return NULL;
     }
     if (tensor_acquire(state, args[0], "out", TENSOR_OUTPUT, &out) < 0 ||
@@ -415,12 +393,13 @@ py_expand(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     bd_context ctx = {0};
     bd_status status = BD_OK;
     context_enter(state, &ctx);
-    Py_BEGIN_ALLOW_THREADS if (begin < end)
-    {
-        status = bd_expand(&ctx, args[1] == Py_None ? NULL : &base_matrix, delta, begin, end,
-                           &out_matrix);
-    }
-    Py_END_ALLOW_THREADS context_leave(&ctx);
+    Py_BEGIN_ALLOW_THREADS
+        if (begin < end) {
+            status = bd_expand(&ctx, args[1] == Py_None ? NULL : &base_matrix, delta, begin, end,
+                               &out_matrix);
+        }
+        context_leave(&ctx);
+    Py_END_ALLOW_THREADS
     result = return_status(status);
 
 done:

@@ -42,7 +42,7 @@ acquire_matrix(module_state *state, PyObject *object, const char *name, int mode
 
 /* ---- deltas and tenant_ids ---- */
 
-/* All of one shape, which is N and K where those are known (not ANY_SIZE). */
+/* All of shape [N, K]. */
 static int
 acquire_deltas(module_state *state, PyObject *sequence, int64_t N, int64_t K, product_call *call)
 {
@@ -67,18 +67,12 @@ acquire_deltas(module_state *state, PyObject *sequence, int64_t N, int64_t K, pr
         if (delta == NULL) {
             return -1;
         }
-        int64_t need_N = N == ANY_SIZE ? call->deltas[0].N : N;
-        int64_t need_K = K == ANY_SIZE ? call->deltas[0].K : K;
         call->deltas[t] = *delta;
-        if (t == 0) {
-            need_N = N == ANY_SIZE ? delta->N : N;
-            need_K = K == ANY_SIZE ? delta->K : K;
-        }
-        if (delta->N != need_N || delta->K != need_K) {
+        if (delta->N != N || delta->K != K) {
             PyErr_Format(PyExc_ValueError,
                          "deltas: expected shape [N, K] = [%lld, %lld], got [%lld, %lld] at %lld",
-                         (long long)need_N, (long long)need_K, (long long)delta->N,
-                         (long long)delta->K, (long long)t);
+                         (long long)N, (long long)K, (long long)delta->N, (long long)delta->K,
+                         (long long)t);
             return -1;
         }
     }
@@ -102,16 +96,12 @@ check_tenant_ids(const product_call *call, int64_t M)
 static int
 copy_id_tensor(const tensor *view, int64_t M, int64_t *out)
 {
-    if (view->dtype.bits != 64 && check_dtype(view, "tenant_ids", kDLInt, 32) < 0) {
+    int is_int32 = view->dtype.code == kDLInt && view->dtype.bits == 32;
+    if ((!is_int32 && check_dtype(view, "tenant_ids", kDLInt, 64) < 0) ||
+        check_shape(view, "tenant_ids", "[M]", 1, &M) < 0) {
         return -1;
     }
-    if (view->dtype.bits == 64 && check_dtype(view, "tenant_ids", kDLInt, 64) < 0) {
-        return -1;
-    }
-    if (check_shape(view, "tenant_ids", "[M]", 1, &M) < 0) {
-        return -1;
-    }
-    int64_t size = view->dtype.bits / 8;
+    const int64_t size = is_int32 ? 4 : 8;
     for (int64_t m = 0; m < M; m++) {
         const char *from = (const char *)view->data + m * view->strides[0] * size;
         int32_t narrow = 0;
@@ -139,19 +129,8 @@ copy_id_sequence(PyObject *sequence, int64_t M, int64_t *out)
         status = -1;
     }
     for (int64_t m = 0; m < M && status == 0; m++) {
-        PyObject *number = PyNumber_Index(PyTuple_GET_ITEM(items, m));
-        int overflow = 0;
-        out[m] = number == NULL ? -1 : PyLong_AsLongLongAndOverflow(number, &overflow);
-        if (number == NULL && PyErr_ExceptionMatches(PyExc_TypeError)) {
-            PyErr_Format(PyExc_TypeError, "tenant_ids: expected ints, got %.80s at row %lld",
-                         Py_TYPE(PyTuple_GET_ITEM(items, m))->tp_name, (long long)m);
-        }
-        if (overflow != 0) {
-            PyErr_Format(PyExc_ValueError, "tenant_ids: expected small ints, got %S at row %lld",
-                         number, (long long)m);
-        }
-        Py_XDECREF(number);
-        status = PyErr_Occurred() ? -1 : 0;
+        PyObject *item = PyTuple_GET_ITEM(items, m); /* borrowed */
+        status = parse_int(item, "tenant_ids", INT64_MIN, INT64_MAX, &out[m]);
     }
     Py_DECREF(items);
     return status;
@@ -290,11 +269,12 @@ run_linear(module_state *state, product_call *call, bd_linear_args *args)
     bd_context ctx = {0};
     bd_status status = BD_OK;
     context_enter(state, &ctx);
-    Py_BEGIN_ALLOW_THREADS if (call->x_matrix.n_rows > 0)
-    {
-        status = bd_linear(&ctx, args);
-    }
-    Py_END_ALLOW_THREADS context_leave(&ctx);
+    Py_BEGIN_ALLOW_THREADS
+        if (call->x_matrix.n_rows > 0) {
+            status = bd_linear(&ctx, args);
+        }
+        context_leave(&ctx);
+    Py_END_ALLOW_THREADS
     return return_status(status);
 }
 
@@ -399,12 +379,13 @@ py_linear_transposed(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     bd_context ctx = {0};
     bd_status status = BD_OK;
     context_enter(state, &ctx);
-    Py_BEGIN_ALLOW_THREADS if (M > 0)
-    {
-        status = bd_linear_transposed(&ctx, &call.x_matrix, call.deltas, call.T, call.tenant_ids,
-                                      &call.y_matrix);
-    }
-    Py_END_ALLOW_THREADS context_leave(&ctx);
+    Py_BEGIN_ALLOW_THREADS
+        if (M > 0) {
+            status = bd_linear_transposed(&ctx, &call.x_matrix, call.deltas, call.T,
+                                          call.tenant_ids, &call.y_matrix);
+        }
+        context_leave(&ctx);
+    Py_END_ALLOW_THREADS
     result = return_status(status);
 
 done:

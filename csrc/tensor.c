@@ -24,11 +24,15 @@ tensor_release(tensor *view)
     if (view->buffer.obj != NULL) {
         PyBuffer_Release(&view->buffer);
     }
-    if (view->legacy != NULL && view->legacy->deleter != NULL) {
-        view->legacy->deleter(view->legacy);
-    }
-    if (view->versioned != NULL && view->versioned->deleter != NULL) {
-        view->versioned->deleter(view->versioned);
+    if (view->legacy != NULL || view->versioned != NULL) {
+        PyObject *pending = save_exception(); /* a deleter may run anything */
+        if (view->legacy != NULL && view->legacy->deleter != NULL) {
+            view->legacy->deleter(view->legacy);
+        }
+        if (view->versioned != NULL && view->versioned->deleter != NULL) {
+            view->versioned->deleter(view->versioned);
+        }
+        restore_exception(pending);
     }
     Py_XDECREF(view->owner);
     *view = (tensor){0};
@@ -120,6 +124,10 @@ numpy_dtype(module_state *state, PyArrayObject *array, const char *name, DLDataT
         code = kDLUInt;
     } else if (PyTypeNum_ISSIGNED(descr->type_num)) {
         code = kDLInt;
+    } else if (PyTypeNum_ISCOMPLEX(descr->type_num)) {
+        code = kDLComplex;
+    } else if (PyTypeNum_ISBOOL(descr->type_num)) {
+        code = kDLBool;
     }
     if (code == kDLOpaqueHandle || bytes > 16) {
         PyErr_Format(PyExc_TypeError, "%s: expected a tensor of plain numbers, got dtype %R", name,
@@ -170,6 +178,8 @@ buffer_dtype(const Py_buffer *buffer, const char *name, DLDataType *dtype)
             code = kDLUInt;
         } else if (strchr("bhilqn", *symbol) != NULL) {
             code = kDLInt;
+        } else if (*symbol == '?') {
+            code = kDLBool;
         }
     }
     if (code == kDLOpaqueHandle || (!is_little && buffer->itemsize > 1) || buffer->itemsize < 1 ||

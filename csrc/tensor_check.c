@@ -99,13 +99,14 @@ int
 check_contiguous(const tensor *view, const char *name, int64_t alignment)
 {
     char got[TEXT_BYTES], need[TEXT_BYTES];
-    int64_t stride = 1, compact[TENSOR_MAX_NDIM];
+    int64_t stride = 1, n_bytes = 0, compact[TENSOR_MAX_NDIM];
     int is_compact = 1;
     for (int i = view->ndim - 1; i >= 0; i--) {
         compact[i] = stride;
         is_compact &= view->shape[i] <= 1 || view->strides[i] == stride;
-        if (__builtin_mul_overflow(stride, view->shape[i] > 1 ? view->shape[i] : 1, &stride)) {
-            PyErr_Format(PyExc_ValueError, "%s: the sizes %s overflow", name,
+        if (__builtin_mul_overflow(stride, view->shape[i] > 1 ? view->shape[i] : 1, &stride) ||
+            __builtin_mul_overflow(stride, view->dtype.bits / 8, &n_bytes)) {
+            PyErr_Format(PyExc_ValueError, "%s: the size in bytes of %s overflows", name,
                          sizes_text(view->shape, view->ndim, got));
             return -1;
         }

@@ -21,14 +21,9 @@ name_error(const char *name)
         !PyErr_ExceptionMatches(PyExc_ValueError) && !PyErr_ExceptionMatches(PyExc_TypeError)) {
         return;
     }
-    PyObject *type = NULL, *value = NULL, *traceback = NULL;
-    PyErr_Fetch(&type, &value, &traceback);
-    PyErr_NormalizeException(&type, &value, &traceback);
-    PyErr_Format(PyExc_BufferError, "%s: its DLPack export failed: %S", name,
-                 value == NULL ? Py_None : value);
-    Py_XDECREF(type);
-    Py_XDECREF(value);
-    Py_XDECREF(traceback);
+    PyObject *error = save_exception();
+    PyErr_Format(PyExc_BufferError, "%s: its DLPack export failed: %S", name, error);
+    Py_XDECREF(error);
 }
 
 static void
@@ -64,7 +59,7 @@ check_device(const char *name, int device_type)
 int
 tensor_from_dltensor(const DLTensor *source, const char *name, tensor *out)
 {
-    if (check_device(name, source->device.device_type) < 0) {
+    if (check_device(name, (int)source->device.device_type) < 0) {
         return -1;
     }
     if (source->dtype.lanes != 1) {
