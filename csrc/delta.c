@@ -7,6 +7,7 @@
  * every further pass makes the residual anew from base and finetuned. Nothing is as large as [N, K]. */
 #include "delta.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -68,7 +69,7 @@ note_bad_row(bd_extraction *x, int64_t row)
     }
 }
 
-/* d of columns begin .. end - 1 of row n through planes 0 .. p - 1, into residual; for p > 0 finite. */
+/* d of columns begin .. end - 1 of row n through planes 0 .. p - 1, into residual; not checked. */
 void
 bd_residual_piece(const bd_extraction *x, int64_t n, int64_t begin, int64_t end, int p,
                   float *residual)
@@ -134,7 +135,7 @@ extract_plane(bd_extraction *x, int64_t n, int p, float *residual, bd_crc_chains
     x->ctx->kernels->residual_row(residual, row_words(x, p - 1, n), row, column, x->K,
                                   row_words(x, p, n), lanes);
     x->row_sums[n] = bd_fold_lanes(lanes);
-    return 0;
+    return !isfinite(x->row_sums[n]);
 }
 
 /* ---- strips and passes ------------------------------------------------------------------------ */
@@ -228,12 +229,21 @@ extract_passes(bd_extraction *x)
 
 /* ---- the whole call --------------------------------------------------------------------------- */
 
+/* First element of the bad row that is not finite: of d, or, where rank-1 scales went beyond fp32, of
+ * what the planes before left of it. */
 static void
 find_bad_position(const bd_extraction *x, bd_position *bad)
 {
     int64_t n = bad_row(x);
     const void *base = bd_element(x->base, n, 0), *finetuned = bd_element(x->finetuned, n, 0);
     *bad = (bd_position){.row = n, .column = 0, .in_base = -1};
+    if (x->plane > 0) {
+        bd_residual_piece(x, n, 0, x->K, x->plane, x->residuals);
+        while (bad->column + 1 < x->K && bd_is_finite(x->residuals[bad->column])) {
+            bad->column++;
+        }
+        return;
+    }
     for (int64_t k = 0; k < x->K; k++) {
         float b = bd_load(base, x->base->dtype, k);
         float f = bd_load(finetuned, x->finetuned->dtype, k);

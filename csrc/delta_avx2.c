@@ -495,7 +495,7 @@ expand_row(const void *base, bd_dtype dtype, const uint32_t *words, int64_t plan
         expand_typed(base, from, &d, has_pairs, out, to, is_streamed); \
         return;                                                        \
     }
-    if (column == NULL && base != NULL && P == 1) {
+    if (P == 1 && column == NULL && base != NULL) { /* the common case: no loop over planes */
         d.P = 1;
         CASE(BD_BF16, BD_BF16, 1)
     }
