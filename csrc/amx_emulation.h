@@ -8,7 +8,9 @@
 #include <stdint.h>
 #include <string.h>
 
+#if !defined(TILES_PERMITTED)
 #define TILES_PERMITTED() 1
+#endif
 
 typedef struct {
     bd_tile_config config; /* palette 0: none */
