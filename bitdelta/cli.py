@@ -42,6 +42,7 @@ class Fit(str, Enum):
 
 class Suite(str, Enum):
     cpu = "cpu"
+    io = "io"
 
 
 BASE = Annotated[
@@ -187,7 +188,9 @@ def import_diff(
 
 @app.command()
 def bench(
-    suite: Annotated[Suite, typer.Argument(help="What to measure.")] = Suite.cpu,
+    suite: Annotated[
+        Suite, typer.Argument(help="cpu: all of it; io: packfile and compress only.")
+    ] = Suite.cpu,
     quick: Annotated[
         bool, typer.Option("--quick", help="Small shapes, seconds: checks that it runs.")
     ] = False,

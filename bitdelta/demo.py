@@ -50,8 +50,8 @@ class Settings:
     vocabulary: int = 512
     length: int = 64  # tokens of one training row
     batch: int = 8
-    base_steps: int = 500
-    finetune_steps: int = 130
+    base_steps: int = 400
+    finetune_steps: int = 100
     rate: float = 2e-3
     finetune_rate: float = 1e-3
     text_bytes: int = 400_000

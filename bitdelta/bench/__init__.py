@@ -48,7 +48,7 @@ def run(suite: str = "cpu", quick: bool = False, log: Callable[[str], None] = pr
         for threads in sorted({1, machine.cores()}):
             rows += _products(threads, quick, log)
     rows += files.measure(quick, log)
-    report["rows"] = [goals.judge(row, report["machine"]) for row in rows]
+    report["rows"] = [goals.judge(row, report["machine"], quick) for row in rows]
     report["not_measured"] = goals.not_measured(report["rows"], report["machine"]) if suite == "cpu" else []
     report["seconds"] = round(time.perf_counter() - start, 1)
     return report
@@ -62,9 +62,10 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
     for title, rows in _sections(report["rows"]):
         yield ""
         yield from table(goals.COLUMNS, [goals.cells(row) for row in rows], title)
-    if report["not_measured"]:
-        yield ""
-        yield from report["not_measured"]
+    for lines in (goals.summary(report["rows"]), report["not_measured"]):
+        if lines:
+            yield ""
+            yield from lines
     yield ""
     if report["quick"]:
         yield "--quick: small shapes, few repetitions; these figures mean nothing"

@@ -31,8 +31,8 @@ NAMES = {
 }
 
 
-def judge(row: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """The row with its name, `goal` (text or None) and `met` (or None)."""
+def judge(row: dict[str, Any], facts: dict[str, Any], quick: bool = False) -> dict[str, Any]:
+    """The row with its name, `goal` (text or None) and `met` (None: no goal, or a quick run's figure)."""
     name = NAMES[row["kind"]].format(rows=row.get("rows"), s="" if row.get("rows") == 1 else "s")
     found = _goal(row, facts)
     if found is None:
@@ -40,7 +40,7 @@ def judge(row: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     measure, limit = found
     value = row[measure]
     met = value >= limit if measure == "share" else value <= limit
-    return {**row, "case": name, "goal": _GOAL_TEXT[measure](limit), "met": bool(met)}
+    return {**row, "case": name, "goal": _GOAL_TEXT[measure](limit), "met": None if quick else bool(met)}
 
 
 def _goal(row: dict[str, Any], facts: dict[str, Any]) -> tuple[str, float] | None:
@@ -90,6 +90,22 @@ def not_measured(rows: list[dict[str, Any]], facts: dict[str, Any]) -> list[str]
     lines += [
         f"{NAMES[kind]}: not measured here (no /proc)" for kind in ("load", "memory") if kind not in kinds
     ]
+    return lines
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """How many goals were met, and each that was missed."""
+    judged = [row for row in rows if row["met"] is not None]
+    missed = [row for row in judged if not row["met"]]
+    if not judged:
+        return []
+    lines = [f"{len(judged) - len(missed)} of {len(judged)} goals met"]
+    for row in missed:
+        where = section(row).split(" (")[0]
+        got = next(cell for cell in (cells(row)[6], cells(row)[5]) if cell)
+        lines.append(
+            f"  missed: {row['case']}, {row.get('variant') or ''} {where}: {got}, goal {row['goal']}"
+        )
     return lines
 
 

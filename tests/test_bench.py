@@ -1,0 +1,156 @@
+"""The bench in its quick form: it checks, it measures every row of the goals, it tells what it could not."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from bitdelta import _C, bench
+from bitdelta.bench import check, files, goals, machine, timing
+from bitdelta.cli import main
+from bitdelta.errors import Error
+from bitdelta.table import table
+
+
+@pytest.fixture(scope="module")
+def report():
+    messages = []
+    found = bench.run("cpu", quick=True, log=messages.append)
+    assert "every bit equal" in "\n".join(messages)
+    return found
+
+
+def test_every_case_of_the_goals_is_measured_or_named(report):
+    kinds = {row["kind"] for row in report["rows"]}
+    assert kinds == set(goals.NAMES) - (
+        {"load", "memory"} if not os.path.exists("/proc/self/maps") else set()
+    )
+    assert {row["rows"] for row in report["rows"] if row["kind"] == "delta"} == {1, 4, 16, 64}
+    assert {row["threads"] for row in report["rows"] if "threads" in row} == {1, machine.cores()}
+    timed = {row["variant"] for row in report["rows"] if row["kind"] == "delta"}
+    assert timed == {name for name in _C.isas() if "emulated" not in name}
+    assert "amx" in timed or any("no AMX" in line for line in report["not_measured"])
+
+
+def test_rows_hold_positive_figures_and_ratios_to_the_best_dense_product(report):
+    for row in report["rows"]:
+        assert all(
+            row[key] > 0 for key in ("microseconds", "bytes_per_second", "share", "ratio") if row.get(key)
+        )
+        if row["kind"] == "dense":
+            assert row["ratio"] >= 1
+    json.dumps(report, allow_nan=False)
+
+
+def test_a_load_copies_nothing(report):
+    assert [row["bytes"] for row in report["rows"] if row["kind"] == "load"] in ([0], [])
+
+
+def test_the_report_can_be_read(report):
+    text = "\n".join(bench.describe(report))
+    for word in (
+        "us",
+        "GB/s",
+        "of read",
+        "goal",
+        "16 tenants",
+        "merged",
+        "loading a packfile",
+        "mean nothing",
+    ):
+        assert word in text
+
+
+def test_goals_follow_the_machine():
+    intel, zen5 = {"vendor": "GenuineIntel", "family": 6}, {"vendor": "AuthenticAMD", "family": 26}
+    row = {"kind": "delta", "rows": 1, "variant": "avx512", "threads": 1, "ratio": 1 / 9}
+    assert goals.judge(row, intel)["met"] is False and goals.judge(row, zen5)["met"] is True
+    assert goals.judge({**row, "variant": "avx2"}, intel)["goal"] == "<= 1/8"
+    assert goals.judge({**row, "threads": 2}, intel)["goal"] == "<= 1/10"
+    assert goals.judge({**row, "variant": "generic"}, intel)["goal"] is None
+    many = {**row, "rows": 16, "variant": "amx"}
+    assert goals.judge(many, intel)["goal"] == "<= 1/6"
+    assert goals.judge({**many, "variant": "avx2"}, intel)["goal"] == "<= 1/2"
+    extract = {"kind": "extract", "rows": None, "variant": "avx512", "threads": 1, "share": 0.85}
+    assert goals.judge(extract, intel)["met"] is False
+    assert goals.judge({**extract, "variant": "avx2"}, intel)["met"] is True
+    judged = goals.judge({**extract, "shape": (16, 256), "bandwidth": 1e9}, intel)
+    assert "0 of 1 goals met" in goals.summary([judged])[0] and "85%" in goals.summary([judged])[1]
+
+
+def test_a_kernel_that_differs_is_named(monkeypatch):
+    monkeypatch.setattr(check, "_same_bits", lambda got, expected: False)
+    with pytest.raises(Error, match="extract 48x512 bfloat16 1 planes row differs"):
+        check.kernels(lambda line: None)
+
+
+def test_checking_leaves_the_instruction_set_as_it_was():
+    before = _C.isa()
+    with check.isa("generic"):
+        assert _C.isa() == "generic"
+    assert _C.isa() == before
+
+
+def test_cases_are_interleaved_and_rotate():
+    seen = []
+    cases = {
+        "a": timing.Case(lambda turn: seen.append(("a", turn)), 1, _C.isa()),
+        "b": timing.Case(lambda turn: seen.append(("b", turn)), 1, _C.isa()),
+    }
+    samples = timing.interleaved(cases, 0.0, min_rounds=3)
+    assert samples["a"].calls == samples["b"].calls == 3 * timing.BURST
+    assert [turn for name, turn in seen if name == "a"] == list(range(1, 3 + 3 * (timing.BURST + 1)))
+    names = "".join(name for name, _ in seen[4:])
+    assert names == "aaaabbbb" * 3
+
+
+def test_reading_folds_every_byte():
+    data = np.frombuffer(np.random.default_rng(0).bytes((5 << 20) + 3), np.uint8)
+    padded = np.zeros(len(data) + 5, np.uint8)
+    padded[: len(data)] = data
+    assert _C.read(data) == int(np.bitwise_xor.reduce(padded.view("<u8")))
+    assert _C.read(b"") == 0
+    with pytest.raises(BufferError):
+        _C.read(data[::2])
+
+
+def test_the_checkpoints_are_read_by_safetensors(tmp_path):
+    from safetensors import safe_open
+
+    shapes = dict(files._shapes(*files.QUICK))
+    n_bytes, largest = files.write_pair(tmp_path, shapes)
+    assert (
+        n_bytes == 2 * sum(2 * int(np.prod(shape)) for shape in shapes.values()) and largest == 2 * 512 * 256
+    )
+    for folder in ("base", "finetuned"):
+        with safe_open(tmp_path / folder / "model.safetensors", "np") as file:
+            assert {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()} == shapes
+    assert files.read_maps(str(tmp_path / "base"), str(tmp_path / "finetuned")) > 0
+
+
+def test_the_command_prints_one_document(capsys):
+    assert main(["bench", "io", "--quick", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert {row["kind"] for row in json.loads(captured.out)["rows"]} >= {"maps", "compress"}
+
+
+def test_a_measurement_that_fails_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(Error, match="status 1"):
+        bench._products(1, True, lambda line: None)
+
+
+def test_tables_are_plain_or_rich():
+    columns, rows = ("name", ">n"), [["a", "1"], ["long", "22"]]
+    assert list(table(columns, rows, "title", pretty=False)) == ["title", "name   n", "a      1", "long  22"]
+    pretty = "\n".join(table(columns, rows, "title", pretty=True))
+    assert "long" in pretty and "\x1b[" in pretty
+    code = (
+        "import sys; sys.modules['rich'] = None; from bitdelta.table import table; "
+        "print(*table(('a',), [['b']], pretty=True))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "a b\n"
