@@ -156,7 +156,7 @@ def _extract(
     column = np.empty((planes, K), np.float32) if scale == "rank1" else None
     crc = _C.extract(base, finetuned, planes, scale, sign, row, column, checksum)
     if not (np.isfinite(row).all() and (column is None or np.isfinite(column).all())):
-        raise ValueError("finetuned - base: the scales go beyond fp32")
+        raise ValueError("finetuned - base: expected scales within fp32, got one beyond")
     if scale == "tensor":
         row = np.repeat(row[:, None], N, axis=1)
     return Delta(sign, row, column, (N, K), scale), crc

@@ -81,7 +81,7 @@ def linear(
         product = _merged_product(x, weight, handles, tenant_ids)
         handles, tenant_ids, weight, precision = [], np.full(n_rows, -1, np.int64), None, "fixed16"
     elif n_rows > STREAM_ROWS and weight is not None:
-        product = _base_product(_as_float32(x), weight)
+        product = _base_product(_as_float32(x, "x"), weight)
         weight = None
     _C.linear(out, x, weight, product, bias, handles, tenant_ids, precision)
     return out
@@ -155,7 +155,7 @@ def _width(weight: Tensor | None, handles: list[_C.Delta]) -> int:
     return handles[0].shape[0]
 
 
-def _as_float32(matrix: Tensor) -> F32:
+def _as_float32(matrix: Tensor, name: str) -> F32:
     """The matrix as NumPy fp32; without a copy where it is that already."""
     if isinstance(matrix, np.ndarray) and matrix.dtype == np.float32:
         return matrix
@@ -168,7 +168,7 @@ def _as_float32(matrix: Tensor) -> F32:
         shared: F32 = matrix.numpy()
         return shared
     wide = np.empty(tuple(matrix.shape), np.float32)
-    _C.to_float32(wide, matrix)
+    _C.to_float32(wide, matrix, name)
     return wide
 
 
@@ -178,13 +178,13 @@ def _base_product(x: F32, weight: Tensor) -> F32:
     product = np.empty((x.shape[0], n_rows), np.float32)
     can_slice = isinstance(weight, np.ndarray) or is_torch(weight)
     if not can_slice or dtype_name(weight, "weight") == "float32":
-        return np.matmul(x, _as_float32(weight).T, out=product)
+        return np.matmul(x, _as_float32(weight, "weight").T, out=product)
     step = _panel_rows(n_columns)
     panel = np.empty((min(step, n_rows), n_columns), np.float32)
     for begin in range(0, n_rows, step):
         end = min(begin + step, n_rows)
         wide = panel[: end - begin]
-        _C.to_float32(wide, weight[begin:end])
+        _C.to_float32(wide, weight[begin:end], "weight")
         np.matmul(x, wide.T, out=product[:, begin:end])
     return product
 
@@ -197,7 +197,7 @@ def _merged_product(x: Tensor, weight: Tensor | None, handles: list[_C.Delta], t
     """
     if weight is None:
         raise ValueError("weight: expected the base weight [N, K] where precision is 'merged', got None")
-    wide = _as_float32(x)
+    wide = _as_float32(x, "x")
     n_rows, _ = _checked_shape(wide, weight)
     ids = _checked_ids(tenant_ids, len(wide), len(handles))
     tenants = np.unique(ids)
@@ -255,5 +255,5 @@ def _checked_ids(tenant_ids: Any, n_rows: int, n_deltas: int) -> NDArray[np.int6
         raise ValueError(f"tenant_ids: expected [M] = [{n_rows}], got {list(ids.shape)}")
     bad = np.flatnonzero((ids < -1) | (ids >= n_deltas))
     if len(bad):
-        raise ValueError(f"tenant_ids: expected -1 .. {n_deltas - 1}, got {ids[bad[0]]} at [{bad[0]}]")
+        raise ValueError(f"tenant_ids: expected -1 .. {n_deltas - 1}, got {ids[bad[0]]} at row {bad[0]}")
     return ids.astype(np.int64, copy=False)

@@ -108,7 +108,9 @@ def extract(base: Tensor, finetuned: Tensor, planes: int = 1, scale: str = "row"
 def _check_finite(values: F32, name: str) -> None:
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
-        what = f"{name}: NaN or Inf" if name else "finetuned - base: beyond fp32"
+        what = f"{name}: expected finite weights, got NaN or Inf"
+        if not name:
+            what = "finetuned - base: expected differences within fp32, got one beyond"
         raise ValueError(f"{what} at {bad[0].tolist()}")
 
 

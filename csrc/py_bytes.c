@@ -16,7 +16,7 @@ vector_as_column(tensor *view)
 
 PyDoc_STRVAR(
     to_float32_doc,
-    "to_float32($module, out, matrix, /)\n--\n\n"
+    "to_float32($module, out, matrix, name='matrix', /)\n--\n\n"
     "out (fp32, contiguous, same shape) = matrix of fp32, fp16 or bf16; one or two dimensions.");
 
 static PyObject *
@@ -26,8 +26,11 @@ py_to_float32(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     tensor out = {0}, matrix = {0};
     bd_matrix out_matrix = {0}, source = {0};
     PyObject *result = NULL;
-    if (check_n_arguments("to_float32", nargs, 2, 2) < 0 ||
-        tensor_acquire(state, args[1], "matrix", TENSOR_INPUT, &matrix) < 0) {
+    if (check_n_arguments("to_float32", nargs, 2, 3) < 0) {
+        return NULL;
+    }
+    const char *name = nargs == 3 ? PyUnicode_AsUTF8(args[2]) : "matrix"; /* for messages */
+    if (name == NULL || tensor_acquire(state, args[1], name, TENSOR_INPUT, &matrix) < 0) {
         return NULL;
     }
     if (tensor_acquire(state, args[0], "out", TENSOR_OUTPUT, &out) < 0 ||
@@ -38,11 +41,10 @@ py_to_float32(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     }
     vector_as_column(&matrix);
     vector_as_column(&out);
-    if (tensor_to_matrix(&matrix, "matrix", "[n_rows, n_columns]", ANY_SIZE, ANY_SIZE, &source) <
-            0 ||
+    if (tensor_to_matrix(&matrix, name, "[n_rows, n_columns]", ANY_SIZE, ANY_SIZE, &source) < 0 ||
         tensor_to_matrix(&out, "out", "[n_rows, n_columns]", source.n_rows, source.n_columns,
                          &out_matrix) < 0 ||
-        check_overlap(&out_matrix, "out", &source, "matrix") < 0) {
+        check_overlap(&out_matrix, "out", &source, name) < 0) {
         goto done;
     }
     bd_context ctx = {0};

@@ -135,9 +135,9 @@ def test_sums_have_16_lanes_folded_by_halves():
 @pytest.mark.parametrize(
     "base, finetuned, message",
     [
-        (0.0, np.nan, r"finetuned: NaN or Inf at \[1, 2\]"),
-        (np.inf, 0.0, r"base: NaN or Inf at \[1, 2\]"),
-        (-3e38, 3e38, r"finetuned - base: beyond fp32 at \[1, 2\]"),
+        (0.0, np.nan, r"finetuned: expected finite weights, got NaN or Inf at \[1, 2\]"),
+        (np.inf, 0.0, r"base: expected finite weights, got NaN or Inf at \[1, 2\]"),
+        (-3e38, 3e38, r"finetuned - base: expected differences within fp32, got one beyond at \[1, 2\]"),
     ],
 )
 def test_what_is_not_finite_is_named(base, finetuned, message):
