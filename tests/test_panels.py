@@ -1,4 +1,4 @@
-"""What the Python layer adds to the kernels: panels for many rows, merged weights, kinds of results, the Delta itself."""
+"""What the Python layer adds to the kernels: panels for many rows, merged weights, results' kinds, the Delta."""
 
 import copy
 import importlib
@@ -6,12 +6,12 @@ import pickle
 
 import numpy as np
 import pytest
+from conftest import DTYPES, KINDS, TOLERANCE, bits, pair, tensor
 
 import bitdelta
 from bitdelta import _C, reference
 from bitdelta.array import aligned_empty, dtype_name, empty_like, to_float32
 from bitdelta.delta import extract_with_checksum
-from conftest import DTYPES, KINDS, TOLERANCE, bits, pair, tensor
 
 panels = importlib.import_module("bitdelta.linear")
 F32 = np.float32
@@ -173,25 +173,25 @@ def test_transposed_and_added_are_of_the_kind_of_their_argument(rng, case):
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        (dict(x=[[1.0] * K]), TypeError, "x: expected a tensor"),
-        (dict(x=np.ones(K, F32)), ValueError, r"x: expected a matrix \[M, K\], got \[300\]"),
-        (dict(x=np.ones((MANY, K + 1), F32)), ValueError, r"weight: expected .*301"),
-        (dict(x=np.ones((MANY, K), np.float64)), TypeError, "x: expected .*float64"),
-        (dict(weight=np.ones(K, F32)), ValueError, "weight: expected"),
-        (dict(weight="text"), TypeError, "weight: expected"),
-        (dict(weight=None, deltas=[], precision="fixed16"), ValueError, "deltas: expected at least one"),
-        (dict(ids=[0] * (MANY - 1)), ValueError, "tenant_ids: expected"),
-        (dict(ids=[0] * (MANY - 1) + [2]), ValueError, "tenant_ids: expected -1 .. 1, got 2"),
-        (dict(ids=[0] * (MANY - 1) + [-2]), ValueError, "tenant_ids: expected -1 .. 1, got -2"),
-        (dict(ids=np.zeros(MANY, F32)), TypeError, "tenant_ids: expected"),
-        (dict(bias=np.ones(N + 1, F32)), ValueError, "bias: expected"),
-        (dict(precision="double"), ValueError, "precision: expected"),
+        ({"x": [[1.0] * K]}, TypeError, "x: expected a tensor"),
+        ({"x": np.ones(K, F32)}, ValueError, r"x: expected a matrix \[M, K\], got \[300\]"),
+        ({"x": np.ones((MANY, K + 1), F32)}, ValueError, r"weight: expected .*301"),
+        ({"x": np.ones((MANY, K), np.float64)}, TypeError, "x: expected .*float64"),
+        ({"weight": np.ones(K, F32)}, ValueError, "weight: expected"),
+        ({"weight": "text"}, TypeError, "weight: expected"),
+        ({"weight": None, "deltas": [], "precision": "fixed16"}, ValueError, "deltas: expected at least one"),
+        ({"ids": [0] * (MANY - 1)}, ValueError, "tenant_ids: expected"),
+        ({"ids": [0] * (MANY - 1) + [2]}, ValueError, "tenant_ids: expected -1 .. 1, got 2"),
+        ({"ids": [0] * (MANY - 1) + [-2]}, ValueError, "tenant_ids: expected -1 .. 1, got -2"),
+        ({"ids": np.zeros(MANY, F32)}, TypeError, "tenant_ids: expected"),
+        ({"bias": np.ones(N + 1, F32)}, ValueError, "bias: expected"),
+        ({"precision": "double"}, ValueError, "precision: expected"),
     ],
 )
 @pytest.mark.parametrize("precision", ["fixed16", "merged"])
 def test_wrong_arguments_are_named(case, arguments, error, message, precision):
     base, deltas = case
-    given = dict(x=np.ones((MANY, K), F32), weight=base, deltas=deltas, ids=[0] * MANY, bias=None)
+    given = {"x": np.ones((MANY, K), F32), "weight": base, "deltas": deltas, "ids": [0] * MANY, "bias": None}
     given |= {"precision": precision, **arguments}
     ids = given.pop("ids")
     with pytest.raises(error, match=message):
@@ -264,27 +264,27 @@ def test_expand_gives_the_base_s_kind_and_may_overwrite_it(rng, dtype, kind):
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        (dict(planes=0), ValueError, "planes: expected 1 to 8, got 0"),
-        (dict(planes=9), ValueError, "planes: expected 1 to 8, got 9"),
-        (dict(planes=1.0), ValueError, "planes"),
-        (dict(scale="column"), ValueError, "scale: expected 'tensor', 'row' or 'rank1', got 'column'"),
+        ({"planes": 0}, ValueError, "planes: expected 1 to 8, got 0"),
+        ({"planes": 9}, ValueError, "planes: expected 1 to 8, got 9"),
+        ({"planes": 1.0}, ValueError, "planes"),
+        ({"scale": "column"}, ValueError, "scale: expected 'tensor', 'row' or 'rank1', got 'column'"),
         (
-            dict(finetuned=np.ones((2, 4), F32)),
+            {"finetuned": np.ones((2, 4), F32)},
             ValueError,
             r"finetuned: expected \[2, 3\] as base, got \[2, 4\]",
         ),
-        (dict(finetuned=np.ones((2, 3))), TypeError, "finetuned: expected .*float64"),
-        (dict(base=np.ones(3, F32)), ValueError, r"base: expected a matrix \[N, K\], got \[3\]"),
-        (dict(base=[[1.0] * 3] * 2), TypeError, "base: expected a tensor"),
+        ({"finetuned": np.ones((2, 3))}, TypeError, "finetuned: expected .*float64"),
+        ({"base": np.ones(3, F32)}, ValueError, r"base: expected a matrix \[N, K\], got \[3\]"),
+        ({"base": [[1.0] * 3] * 2}, TypeError, "base: expected a tensor"),
         (
-            dict(finetuned=F32([[0, 0, 0], [0, np.inf, 0]])),
+            {"finetuned": F32([[0, 0, 0], [0, np.inf, 0]])},
             ValueError,
             r"finetuned: .*NaN or Inf at \[1, 1\]",
         ),
     ],
 )
 def test_extract_names_what_is_wrong(arguments, error, message):
-    given = dict(base=np.ones((2, 3), F32), finetuned=np.ones((2, 3), F32)) | arguments
+    given = {"base": np.ones((2, 3), F32), "finetuned": np.ones((2, 3), F32)} | arguments
     with pytest.raises(error, match=message):
         bitdelta.extract(**given)
 
