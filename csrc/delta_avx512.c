@@ -29,7 +29,7 @@ tail_mask(int64_t n_left)
     if (n_left >= 16) {
         return 0xFFFF;
     }
-    return n_left <= 0 ? (__mmask16)0 : (__mmask16)((1u << n_left) - 1u);
+    return (__mmask16)(n_left <= 0 ? 0u : (1u << n_left) - 1u);
 }
 
 INLINE int

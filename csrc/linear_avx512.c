@@ -22,8 +22,7 @@ enum {
 INLINE __mmask16
 tail_mask(int64_t n_left)
 {
-    return n_left >= 16 ? (__mmask16)0xFFFF
-                        : (n_left <= 0 ? (__mmask16)0 : (__mmask16)((1u << n_left) - 1u));
+    return (__mmask16)(n_left >= 16 ? 0xFFFFu : n_left <= 0 ? 0u : (1u << n_left) - 1u);
 }
 
 /* ---- fp32 values of any dtype ---------------------------------------------------------------- */
