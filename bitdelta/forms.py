@@ -54,7 +54,7 @@ class Plan:
 def plan_tensors(
     base: Checkpoint, finetuned: Checkpoint, planes: int, scale: str, whole: Sequence[str]
 ) -> tuple[list[Plan], list[str]]:
-    """A plan per tensor of the fine-tune, in its file's order, and the base's names that it does not have.
+    """A plan per tensor of the fine-tune, in its file's order, tied ones last, and the names that only the base has.
 
     Raises:
         ValueError: a glob of `whole` that matches nothing.
@@ -69,17 +69,16 @@ def plan_tensors(
     absent = [name for name in base if name not in finetuned]
     _refuse_renamed(base, finetuned, absent, whole)
     sizes = (_vocabulary_sizes(base.config), _vocabulary_sizes(finetuned.config))
-    plans = []
+    plans, ties = [], _ties(base, finetuned)
     for name, tensor in finetuned.items():
-        tied_to = _tied_to(name, base, finetuned)
-        if tied_to is not None:
-            entry = _entry(tensor, form="tied", tied_to=tied_to)
+        if name in ties:
+            entry = _entry(tensor, form="tied", tied_to=ties[name])
         elif name not in base or any(fnmatchcase(name, pattern) for pattern in whole):
             entry = _entry(tensor, form="whole")
         else:
             entry = _pair(base[name], tensor, planes, scale, sizes)
         plans.append(Plan(name, tensor, base.get(name), entry))
-    return plans, absent
+    return sorted(plans, key=lambda plan: plan.entry["form"] == "tied"), absent
 
 
 def _pair(
@@ -121,11 +120,23 @@ def _added_rows(base: Tensor, finetuned: Tensor, sizes: tuple[set[int], set[int]
     return finetuned.shape[0] - base.shape[0]
 
 
-def _tied_to(name: str, base: Checkpoint, finetuned: Checkpoint) -> str | None:
-    """The first name of the same bytes, unless the base keeps the two apart."""
-    first = finetuned.aliases.get(name)
-    apart = name in base and base.aliases.get(name, name) != base.aliases.get(first or "", first)
-    return None if apart else first
+def _ties(base: Checkpoint, finetuned: Checkpoint) -> dict[str, str]:
+    """Name -> the name of the same bytes that stands for it: one that the base has, if there is one.
+
+    Names that the base keeps apart are no tie.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, first in finetuned.aliases.items():
+        groups.setdefault(first, [first]).append(name)
+    ties = {}
+    for group in groups.values():
+        known = [name for name in group if name in base]
+        chosen = (known or group)[0]
+        for name in group:
+            apart = name in base and base.aliases.get(name, name) != base.aliases.get(chosen, chosen)
+            if name != chosen and not apart:
+                ties[name] = chosen
+    return ties
 
 
 def _refuse_renamed(base: Checkpoint, finetuned: Checkpoint, absent: list[str], whole: Sequence[str]) -> None:
