@@ -86,7 +86,7 @@ def _pair(
 ) -> dict[str, Any]:
     name, whole = finetuned.name, _entry(finetuned, form="whole")
     for tensor, side in ((base, "base"), (finetuned, "fine-tune")):
-        if tensor.dtype.startswith(("F8", "F6", "F4")) and len(tensor.shape) > 1:
+        if not DTYPES[tensor.dtype][1] and len(tensor.shape) > 1:  # fp8, fp6, fp4
             raise FormatError(
                 f"{name}: {tensor.dtype} in the {side}; there is no delta of quantised weights: take the checkpoint "
                 f"before quantisation, or store the tensor whole: --whole '{name}'"

@@ -148,7 +148,9 @@ def test_added_vocabulary_rows_travel_whole(tmp_path, rng):
         tmp_path, before, after, config={"vocab_size": 53}, base_config={"vocab_size": 50}, planes=2
     )
     assert packfile[name].shape == (50, 300) and same_bits(packfile.rows(name), after[name][50:])
-    assert packfile.entries[name]["shape"] == [53, 300] and packfile.entries["lm_head.bias"]["form"] == "whole"
+    assert (
+        packfile.entries[name]["shape"] == [53, 300] and packfile.entries["lm_head.bias"]["form"] == "whole"
+    )
     merge(tmp_path / "base", tmp_path / "delta", tmp_path / "merged")
     merged = read_all(tmp_path / "merged")
     assert same_bits(merged[name][:50], reference.expand(before[name], packfile[name]))
@@ -164,9 +166,7 @@ def test_fewer_vocabulary_rows_use_the_first_of_the_base(tmp_path, rng):
     expected = reference.extract(before[name][:50], after[name])
     assert packfile[name].shape == (50, 300) and same_bits(packfile[name].sign, expected.sign)
     merge(tmp_path / "base", tmp_path / "delta", tmp_path / "merged")
-    assert same_bits(
-        read_all(tmp_path / "merged")[name], reference.expand(before[name][:50], packfile[name])
-    )
+    assert same_bits(read_all(tmp_path / "merged")[name], reference.expand(before[name][:50], packfile[name]))
 
 
 @pytest.mark.parametrize("scale", ["tensor", "row", "rank1"])
