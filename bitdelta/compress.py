@@ -130,6 +130,7 @@ def _add_packed(writer: PackfileWriter, plan: Plan, fingerprint: str | None) -> 
     entry, before, after = plan.entry, plan.base.array(), plan.finetuned.array()
     n = min(before.shape[-2], after.shape[-2])
     before, rows, after = before[..., :n, :], after[..., n:, :], after[..., :n, :]
+    value: Delta | list[Delta]
     if len(entry["shape"]) == 2:
         value, checksum, error = _extract(plan, "", before, after, sample((n, after.shape[1])))
     else:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .card import model_card
-from .delta import Delta
+from .entry import Value, bytes_of, describe
 from .folder import PendingFolder, full_disk, refuse_inside, write_all
 from .packfile import (
     ALIGNMENT,
@@ -34,21 +34,18 @@ from .packfile import (
     FORMAT_VERSION,
     INDEX,
     MODEL,
-    PACKED,
     Spec,
     is_plain,
     keys_of,
     spec_bytes,
 )
 from .shard import Shard
-from .tensor import DTYPES
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 MAX_PENDING = 2  # tensors that wait to be written, while the next is extracted
 MAX_SHARD_BYTES = 40 << 30  # below the 50 GB that the Hub allows a file
-CODES = {np.dtype(kind): code for code, (_, kind) in DTYPES.items() if kind and code != "BF16"}
 
 
 class PackfileWriter:
@@ -137,7 +134,7 @@ class PackfileWriter:
             if told is not error:
                 raise told from error
 
-    def add(self, name: str, value: Any, *, rows: np.ndarray | None = None, **about: Any) -> dict[str, Any]:
+    def add(self, name: str, value: Value, *, rows: np.ndarray | None = None, **about: Any) -> dict[str, Any]:
         """Writes one tensor.
 
         Args:
@@ -157,9 +154,9 @@ class PackfileWriter:
             raise ValueError(f"add: {name} is already there")
         if name not in self._names:
             raise ValueError(f"add: {name} is not a tensor of the base, nor one of `names`")
-        entry, arrays = self._describe(name, value, rows, about)
+        entry, arrays = describe(name, value, rows, self.base.get(name), self.entries, about)
         keys = keys_of(name, entry)
-        data = [_bytes(key, spec, array) for (key, spec), array in zip(keys.items(), arrays, strict=True)]
+        data = [bytes_of(key, spec, array) for (key, spec), array in zip(keys.items(), arrays, strict=True)]
         self.entries[name] = entry
         self._pending.append(self._thread.submit(self._write, name, entry, keys, data))
         while len(self._pending) > MAX_PENDING:
@@ -176,44 +173,6 @@ class PackfileWriter:
         if keys:
             entry["sha256"] = digest.hexdigest()
         self._log({"name": name, "shard": len(self._shards), "entry": entry})
-
-    def _describe(
-        self, name: str, value: Any, rows: np.ndarray | None, about: dict[str, Any]
-    ) -> tuple[dict[str, Any], list[np.ndarray]]:
-        """The entry without its checksum, and the arrays in the order of keys_of."""
-        base = self.base.get(name)
-        entry: dict[str, Any] = {}
-        if value is None and about.get("tied_to") is None and base is None:
-            raise ValueError(f"add: {name} is not a tensor of the base; nothing to be the same as")
-        if value is None:
-            other = self.entries[about["tied_to"]] if "tied_to" in about else None
-            entry["form"] = "same" if other is None else "tied"
-            shape, dtype = (base.shape, base.dtype) if other is None else (other["shape"], other["dtype"])
-            arrays = []
-        elif isinstance(value, (Delta, list, tuple)):
-            stack = [value] if isinstance(value, Delta) else list(value)
-            first = stack[0]
-            n, k = first.shape
-            shape = (n, k) if isinstance(value, Delta) else (len(stack), n, k)
-            dtype = base.dtype if base is not None else "F32"
-            entry |= {"form": first.form, "planes": first.planes}
-            arrays = [
-                np.stack(part) if len(stack) > 1 or len(shape) == 3 else part[0] for part in _parts(stack)
-            ]
-            if rows is not None:
-                shape = (n + rows.shape[0], k)
-                entry["rows"] = int(rows.shape[0])
-                arrays.append(rows)
-        else:
-            entry["form"], shape, dtype, arrays = "whole", value.shape, None, [value]
-            dtype = about.get("dtype") or _code(name, value)
-        entry["shape"] = list(about.pop("shape", shape))
-        entry["dtype"] = about.pop("dtype", None) or dtype
-        entry["bytes"] = sum(map(spec_bytes, keys_of(name, entry).values()))
-        if entry["form"] in (*PACKED, "same"):
-            entry["fingerprint"] = base.fingerprint()
-        entry |= {field: fact for field, fact in about.items() if fact is not None}
-        return entry, arrays
 
     def _shard(self, size: int) -> Shard:
         if self._shards and self._shards[-1].size + size <= self._max:
@@ -343,36 +302,6 @@ class PackfileWriter:
         if self._journal >= 0:
             os.close(self._journal)
             self._journal = -1
-
-
-def _parts(stack: list[Delta]) -> list[list[np.ndarray]]:
-    """Signs, scales and columns of the matrices of a stack, as the file stores them."""
-    form = stack[0].form
-    if any((d.form, d.planes, d.shape) != (form, stack[0].planes, stack[0].shape) for d in stack):
-        raise ValueError("add: the matrices of a stack differ in form, planes or shape")
-    parts = [[d.sign for d in stack], [d.scale[:, 0] if form == "tensor" else d.scale for d in stack]]
-    if form == "rank1":
-        parts.append([d.column for d in stack if d.column is not None])
-    return parts
-
-
-def _bytes(key: str, spec: Spec, array: np.ndarray) -> memoryview:
-    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    if flat.nbytes != spec_bytes(spec):
-        raise ValueError(
-            f"add: {key}: expected {spec[0]} {list(spec[1])}, got {array.dtype} {list(array.shape)}"
-        )
-    return memoryview(flat)
-
-
-def _code(name: str, array: np.ndarray) -> str:
-    """The safetensors code of an array's dtype."""
-    if getattr(array, "__bitdelta_dtype__", array.dtype.name) == "bfloat16":
-        return "BF16"
-    code = CODES.get(array.dtype)
-    if code is None:
-        raise TypeError(f"add: {name}: a tensor of {array.dtype} has no place in a safetensors file")
-    return code
 
 
 def _room(base: Checkpoint, names: Mapping[str, Mapping[str, Any] | None]) -> int:

@@ -134,8 +134,8 @@ def _check_finetuned(
             if rows is not None and not _equal(rows, tensor.array()[-rows.shape[0] :]):
                 reasons.append(f"{name}: its added rows are not the fine-tune's")
         elif entry["form"] != "tied":
-            kept = packfile[name]
-            if not _equal(base[name].array() if kept is None else kept, tensor.array()):
+            kept = base[name] if entry["form"] == "same" else packfile.tensors[name]
+            if not _equal(kept.array(), tensor.array()):
                 reasons.append(f"{name}: not the fine-tune's values")
         tensor.release()
     worst = max(errors, key=lambda name: errors[name], default=None)
