@@ -39,7 +39,7 @@ TRAVEL = (
     "tekken.json",
     "spiece.model",  # SentencePiece under its other names
     "sentencepiece*.model",
-    "spm.model",
+    "*.spm",
     "chat_template.*",  # .jinja, older .json
     "additional_chat_templates/*.jinja",
     "preprocessor_config.json",  # images, video and sound
@@ -54,6 +54,7 @@ TRAVEL = (
     "LICENSE*",  # terms bind whoever passes weights on
     "NOTICE*",
 )
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")  # never travel, whatever their name
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -122,7 +123,9 @@ class Checkpoint(Mapping[str, Tensor]):
             names += sorted(f"{templates.name}/{path.name}" for path in templates.iterdir())
         found = {}
         for name in names:
-            if any(fnmatch(name, pattern) for pattern in TRAVEL) and not (self.root / name).is_dir():
+            if name.endswith(WEIGHTS) or (self.root / name).is_dir():
+                continue
+            if any(fnmatch(name, pattern) for pattern in TRAVEL):
                 path = contained(self.root, name)
                 if path.stat().st_size:  # some tokenizers write an empty merges.txt
                     file_size(path)

@@ -223,3 +223,28 @@ def test_the_environment_variables_of_huggingface_hub_are_obeyed(cache):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == NEW
+
+
+def test_a_packed_delta_and_its_base_are_taken_from_the_cache(cache, tmp_path):
+    from safetensors.numpy import save
+
+    import bitdelta
+
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(32, 256)).astype(np.float32)
+    tuned = base + rng.normal(scale=0.01, size=base.shape).astype(np.float32)
+    for name, weight in (("owner/base", base), ("owner/tuned", tuned)):
+        files = {
+            "config.json": b"{}",
+            "model.safetensors": save({"a.weight": weight}),
+            "tokenizer.json": b"{}",
+        }
+        snapshot(cache, name, "1" * 40, files, "main")
+    bitdelta.compress("owner/base", "owner/tuned", tmp_path / "delta")
+    packed = {path.name: path.read_bytes() for path in (tmp_path / "delta").iterdir()}
+    snapshot(cache, "owner/delta", "2" * 40, packed, "main")
+    packfile = bitdelta.load("owner/delta@main")
+    assert packfile.config["base"]["id"] == "owner/base" and packfile.config["base"]["revision"] == "1" * 40
+    assert packfile.config["finetuned"]["id"] == "owner/tuned"
+    packfile.check_base(open_checkpoint("owner/base"))
+    assert packfile["a.weight"].shape == (32, 256)

@@ -87,6 +87,35 @@ def test_every_tensor_of_the_base_is_accounted_for_in_its_order(tmp_path, base, 
     assert seen["lm_head.weight"] is None
 
 
+def test_one_tensor_is_mapped_at_a_time(tmp_path, base, diff, monkeypatch):
+    code, tensor = importlib.import_module("bitdelta.import_diff"), importlib.import_module("bitdelta.tensor")
+    maps = []
+
+    def write(base, items, config, out):
+        for _ in items:
+            maps.append(len(tensor._maps))
+
+    monkeypatch.setattr(code, "_write", write)
+    convert(tmp_path, base, diff[1])
+    assert len(maps) == len(base[1]) and max(maps) <= 1, "of the diff; what the base keeps is not mapped"
+
+
+def test_a_torch_base_and_a_strided_mask_are_read(tmp_path, base, diff):
+    from bitdelta.packfile import load
+
+    folder = tmp_path / "torch"
+    folder.mkdir()
+    torch.save(base[1], folder / "pytorch_model.bin")
+    mask = diff[1][M + ".mask"]
+    convert(tmp_path, (folder, base[1]), {**diff[1], M + ".mask": mask.t().contiguous().t()})
+    (tmp_path / "delta").rename(tmp_path / "first")
+    convert(tmp_path, base, diff[1])
+    name = M + ".weight"
+    first, second = load(tmp_path / "first"), load(tmp_path / "delta")
+    np.testing.assert_array_equal(first[name].sign, second[name].sign)
+    assert first.entries[name]["fingerprint"] == second.entries[name]["fingerprint"]
+
+
 def test_a_mask_becomes_the_same_weight(tmp_path, base, diff):
     from bitdelta.packfile import load
 
