@@ -23,7 +23,7 @@ from .layout import Weights, contained, find_weights
 from .tensor import DTYPES, FLOATS, Tensor, file_size
 from .torchfile import open_torch_file
 
-__all__ = ["DTYPES", "FLOATS", "TRAVEL", "Checkpoint", "Tensor", "open_checkpoint"]
+__all__ = ["DTYPES", "FLOATS", "TRAVEL", "Checkpoint", "Tensor", "open_checkpoint", "travels"]
 
 # Files that make a folder of weights a model that transformers loads; a closed list, so that nothing private travels.
 TRAVEL = (
@@ -123,14 +123,17 @@ class Checkpoint(Mapping[str, Tensor]):
             names += sorted(f"{templates.name}/{path.name}" for path in templates.iterdir())
         found = {}
         for name in names:
-            if name.endswith(WEIGHTS) or (self.root / name).is_dir():
-                continue
-            if any(fnmatch(name, pattern) for pattern in TRAVEL):
+            if travels(name) and not (self.root / name).is_dir():
                 path = contained(self.root, name)
                 if path.stat().st_size:  # some tokenizers write an empty merges.txt
                     file_size(path)
                 found[name] = path
         return found
+
+
+def travels(name: str) -> bool:
+    """Whether a file of this name belongs to `Checkpoint.files`."""
+    return any(fnmatch(name, pattern) for pattern in TRAVEL) and not name.endswith(WEIGHTS)
 
 
 def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:

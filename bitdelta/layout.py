@@ -72,16 +72,22 @@ def find_weights(root: Path) -> Weights:
 
 def contained(root: Path, name: str) -> Path:
     """root/name, when that is a file which lies where it seems to lie."""
+    path = inside(root, name)
+    if not path.exists():
+        raise FormatError(f"{path}: missing; the download or copy is not complete")
+    return path
+
+
+def inside(root: Path, name: str) -> Path:
+    """root/name, there or not, unless it is a link that leads outside the folder."""
     path = root / name
     try:
         real, limit = path.resolve(), _limit(root.resolve())
-        exists = path.exists()
+        path.exists()
     except (OSError, RuntimeError) as error:  # a link that leads to itself, a name beyond the system's limit
         raise FormatError(f"{path}: {error}") from error
     if not real.is_relative_to(limit):
         raise FormatError(f"{path}: a link that leads outside {limit}, to {real}; put the file itself there")
-    if not exists:
-        raise FormatError(f"{path}: missing; the download or copy is not complete")
     return path
 
 

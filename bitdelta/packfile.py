@@ -32,10 +32,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from .checkpoint import travels
 from .delta import Delta
 from .errors import BaseMismatchError, FormatError
 from .header import read_json, read_safetensors
-from .layout import contained
+from .layout import contained, inside
 from .tensor import DTYPES, FLOATS, Tensor
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def load(delta_dir: str | os.PathLike[str]) -> Packfile:
     root = resolve(delta_dir).root
     if not (root / CONFIG).is_file():
         raise FormatError(f"{root}: no {CONFIG} in it; not a packed delta")
-    config = read_json(root / CONFIG)
+    config = read_json(contained(root, CONFIG))
     _check_config(config, root / CONFIG)
     return Packfile(root, config, _check_tensors(config["tensors"], _read_files(root), root))
 
@@ -169,7 +170,7 @@ class Packfile(Mapping[str, Any]):
     def files(self) -> dict[str, Path]:
         """The fine-tune's other files that travel with the delta: name -> path."""
         found = self.config.get("files", {})
-        return {name: self.root / name for name, file in found.items() if file["from"] == "delta"}
+        return {name: inside(self.root, name) for name, file in found.items() if file["from"] == "delta"}
 
     def check_base(self, checkpoint: Checkpoint) -> None:
         """Raises BaseMismatchError unless `checkpoint` is the base that this delta was made from.
@@ -299,13 +300,13 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
 
 
 def is_plain(name: str) -> bool:
-    """Whether this is the name of a file, at most one folder deep, and not one of the packed delta's own."""
+    """Whether this is the name of a file that may travel, at most one folder deep; never of weights."""
     parts = name.split("/")
     return (
         len(parts) <= 2
         and not any(part in ("", ".", "..") or part.startswith("delta_model") for part in parts)
         and not any(character in name for character in "\0\\")
-        and name not in (CONFIG, CARD)
+        and travels(name)
     )
 
 

@@ -248,3 +248,25 @@ def test_a_packed_delta_and_its_base_are_taken_from_the_cache(cache, tmp_path):
     assert packfile.config["finetuned"]["id"] == "owner/tuned"
     packfile.check_base(open_checkpoint("owner/base"))
     assert packfile["a.weight"].shape == (32, 256)
+
+
+def test_files_of_a_hostile_delta_are_not_followed_out_of_its_folder(tmp_path):
+    import bitdelta
+
+    for name in ("base", "tuned"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(safetensors(1))
+        (tmp_path / name / "tokenizer.json").write_text(f'"{name}"')
+    bitdelta.compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "delta")
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "delta" / "tokenizer.json").unlink()
+    (tmp_path / "delta" / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(FormatError, match=r"tokenizer.json: a link that leads outside"):
+        bitdelta.merge(tmp_path / "base", tmp_path / "delta", tmp_path / "merged")
+    config = json.loads((tmp_path / "delta" / "delta_config.json").read_text())
+    for name in ("model.safetensors", "../x", "x.py", ".bashrc", "tokenizer/../../x", "/tokenizer.json"):
+        config["files"] = {name: {"from": "delta", "sha256": "0" * 64}}
+        (tmp_path / "delta" / "delta_config.json").write_text(json.dumps(config))
+        with pytest.raises(FormatError, match="files: "):
+            bitdelta.load(tmp_path / "delta")
+    assert not (tmp_path / "merged").exists()
