@@ -42,11 +42,15 @@ class PendingFolder:
             else:
                 os.unlink(entry.path)
 
-    def publish(self) -> None:
-        """Syncs every file and renames the folder to its target."""
+    def sync(self) -> None:
+        """Waits until everything is on the disk."""
         for path in self.path.rglob("*"):
             _sync(path)
         _sync(self.path)
+
+    def publish(self) -> None:
+        """Syncs every file and renames the folder to its target."""
+        self.sync()
         refuse_existing(self.target)
         self.path.rename(self.target)
         self._unlock()

@@ -109,9 +109,11 @@ class PackfileWriter:
         try:
             if self._key["key"] is None or not self._resume():
                 self._start()
-        except BaseException:
+        except BaseException as error:
             self._close()
             self._folder.discard()
+            if isinstance(error, OSError):
+                raise full_disk(error, self.out_dir) from error
             raise
         return self
 
@@ -180,8 +182,13 @@ class PackfileWriter:
         if self._shards and not self._shards[-1].keys:
             return self._shards[-1]
         self._shards.append(Shard(self._folder.path, len(self._shards) + 1, self._room))
-        self._shards[-1].reserve(min(self._planned - sum(shard.size for shard in self._shards), self._max))
+        self._reserve()
         return self._shards[-1]
+
+    def _reserve(self) -> None:
+        """Disk space for what is still to come into this shard, where that is known."""
+        before = sum(shard.size for shard in self._shards[:-1])
+        self._shards[-1].reserve(min(self._planned - before, self._max))
 
     def _start(self) -> None:
         self._folder.clear()
@@ -213,6 +220,7 @@ class PackfileWriter:
         for shard in self._shards:
             shard.truncate()
         self._open_journal(good)
+        self._reserve()
         return True
 
     def _open_journal(self, end: int) -> None:
@@ -272,6 +280,7 @@ class PackfileWriter:
             file.stat().st_size for file in path.iterdir() if file.name.startswith(("delta_", "signs-"))
         )
         (path / CARD).write_text(model_card(config, size), encoding="utf-8")
+        self._folder.sync()  # before the folder looks whole to anyone
         (path / "journal").unlink()  # from here on a successor starts anew
         for shard, name in zip(self._shards, names, strict=True):
             shard.rest_path.unlink()
