@@ -18,14 +18,14 @@ from typing import Any
 
 try:
     from . import _C  # noqa: F401
-except ImportError as error:
+except ImportError:
     from importlib.util import find_spec as _find_spec
 
     if _find_spec("bitdelta._C") is not None:
         raise
     raise ImportError(
         "bitdelta's extension is not built in this source tree; in the folder of setup.py type: pip install -e ."
-    ) from error
+    ) from None
 
 from . import reference
 from .array import as_bfloat16

@@ -33,7 +33,10 @@ def describe() -> dict[str, str]:
     lines["compiler"] = f"{build['compiler']}: {build['flags']}"
     lines["sanitizers"] = "AddressSanitizer, UndefinedBehaviorSanitizer" if build["sanitize"] else "no"
     lines["isa"] = f"{_C.isa()} (here: {', '.join(_C.isas())}; {_variable('BITDELTA_ISA')})"
-    lines["threads"] = f"{threads.get_num_threads()} (from {_source_of_threads()})"
+    try:
+        lines["threads"] = f"{threads.get_num_threads()} (from {_source_of_threads()})"
+    except ValueError as error:  # the environment asks for what cannot be
+        lines["threads"] = str(error)
     lines["cuda"] = build["cuda"]
     return lines
 

@@ -306,19 +306,3 @@ def test_rank1_scales_beyond_fp32_are_an_error_and_not_infinite():
             assert "within fp32" in str(error)
         else:
             assert np.isfinite(d.scale).all() and np.isfinite(d.column).all()
-
-
-# the package
-
-
-@pytest.mark.parametrize("name", ["DeltaModel", "calibrate", "distill"])
-def test_names_of_later_versions_say_so(name):
-    with pytest.raises(AttributeError, match=f"bitdelta.{name} is not part of this version"):
-        getattr(bitdelta, name)
-
-
-def test_every_public_name_is_there_and_documented():
-    for name in bitdelta.__all__:
-        assert getattr(bitdelta, name).__doc__, name
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = bitdelta.nothing

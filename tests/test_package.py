@@ -1,0 +1,77 @@
+"""The package as a whole: its public names, what importing it loads, and a source tree that is not built."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bitdelta
+
+PACKAGE = Path(bitdelta.__file__).parent
+
+
+def python(*arguments, cwd=None, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, **environment},
+        cwd=cwd,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in bitdelta.__all__:
+        assert getattr(bitdelta, name).__doc__, name
+
+
+@pytest.mark.parametrize("name", ["DeltaModel", "calibrate", "distill"])
+def test_names_of_later_versions_say_so(name):
+    with pytest.raises(AttributeError, match=f"bitdelta.{name} is not part of this version"):
+        getattr(bitdelta, name)
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = bitdelta.nothing
+
+
+@pytest.mark.parametrize(
+    "first", ["", "import bitdelta.compress, bitdelta.merge, bitdelta.verify, bitdelta.linear; "]
+)
+def test_functions_stay_in_front_of_modules_of_the_same_name(first):
+    names = "compress", "merge", "verify", "linear", "import_diff"
+    calls = ", ".join(f"callable(bitdelta.{name})" for name in names)
+    done = python("-c", f"import bitdelta; {first}print({calls})")
+    assert done.stdout.split() == ["True"] * len(names), done.stderr
+
+
+def test_importing_loads_nothing_heavy():
+    heavy = "torch", "transformers", "huggingface_hub", "typer", "tqdm", "rich", "ml_dtypes"
+    done = python("-c", f"import bitdelta, sys; print([name for name in {heavy} if name in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.fixture
+def unbuilt(tmp_path):
+    """A copy of the Python files alone."""
+    shutil.copytree(PACKAGE, tmp_path / "bitdelta", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [["-c", "import bitdelta"], ["-m", "bitdelta"], ["-m", "bitdelta.cli"]])
+def test_a_source_tree_without_the_extension_says_what_to_type(unbuilt, arguments):
+    done = python(*arguments, cwd=unbuilt, PYTHONPATH=unbuilt)
+    assert done.returncode and "is not built" in done.stderr and "pip install -e ." in done.stderr
+
+
+def test_the_diagnosis_names_a_wrong_number_of_threads():
+    done = python("-m", "bitdelta", BITDELTA_NUM_THREADS="many")
+    assert done.returncode == 0 and "BITDELTA_NUM_THREADS: expected a whole number" in done.stdout, (
+        done.stderr
+    )
