@@ -1,0 +1,269 @@
+/* linear_avx2_rows.c - AVX2 (with FMA, F16C): fixed16, base products of few rows, transposed signs. */
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+#include <stddef.h>
+#include <string.h>
+
+#include "dtype.h"
+#include "linear_avx2.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* Eight values of any dtype as fp32. */
+INLINE __m256
+load_eight(const void *data, bd_dtype dtype, int64_t index)
+{
+    if (dtype == BD_F32) {
+        return _mm256_loadu_ps((const float *)data + index);
+    }
+    __m128i half = _mm_loadu_si128((const void *)((const uint16_t *)data + index));
+    if (dtype == BD_F16) {
+        return _mm256_cvtph_ps(half);
+    }
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+
+/* The n < 8 last ones, and zeros. */
+INLINE __m256
+load_tail(const void *data, bd_dtype dtype, int64_t index, int64_t n)
+{
+    float value[8] = {0};
+    for (int64_t i = 0; i < n; i++) {
+        value[i] = bd_load(data, dtype, index + i);
+    }
+    return _mm256_loadu_ps(value);
+}
+
+/* ---- quantize --------------------------------------------------------------------------------- */
+
+INLINE __m256
+load_scaled(const void *x, bd_dtype dtype, const float *column, int64_t k, int64_t K)
+{
+    if (k + 8 <= K) {
+        __m256 u = load_eight(x, dtype, k);
+        return column == NULL ? u : _mm256_mul_ps(u, _mm256_loadu_ps(column + k));
+    }
+    if (k >= K) {
+        return _mm256_setzero_ps();
+    }
+    __m256 u = load_tail(x, dtype, k, K - k);
+    return column == NULL ? u : _mm256_mul_ps(u, load_tail(column, BD_F32, k, K - k));
+}
+
+INLINE int
+quantize_typed(const void *x, bd_dtype dtype, const float *column, int64_t K, int64_t K_padded,
+               int16_t *q, int *exponent)
+{
+    /* Without their signs, fp32 numbers are ordered like their bits. */
+    const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
+    __m256i largest = _mm256_setzero_si256();
+    for (int64_t k = 0; k < K; k += 8) {
+        __m256i bits = _mm256_castps_si256(load_scaled(x, dtype, column, k, K));
+        largest = _mm256_max_epi32(largest, _mm256_and_si256(bits, magnitude));
+    }
+    int32_t lane[8], bits = 0;
+    _mm256_storeu_si256((void *)lane, largest);
+    for (int i = 0; i < 8; i++) {
+        bits = lane[i] > bits ? lane[i] : bits;
+    }
+    if (bits >= 0x7F800000) {
+        return 1;
+    }
+    int e = bits == 0 ? 0 : (bits >> 23) - 126;
+    if (e < BD_MIN_EXPONENT) {
+        e = BD_MIN_EXPONENT;
+    }
+    *exponent = e;
+    const __m256 factor = _mm256_castsi256_ps(_mm256_set1_epi32((127 + 15 - e) << 23));
+    for (int64_t k = 0; k < K_padded; k += 16) {
+        /* Rounded as MXCSR says: ties to even. Packing saturates. */
+        __m256 a = _mm256_mul_ps(load_scaled(x, dtype, column, k, K), factor);
+        __m256 b = _mm256_mul_ps(load_scaled(x, dtype, column, k + 8, K), factor);
+        __m256i both = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
+        _mm256_storeu_si256((void *)(q + k), _mm256_permute4x64_epi64(both, 0xD8));
+    }
+    return 0;
+}
+
+int
+bd_quantize_avx2(const void *x, bd_dtype dtype, const float *column, int64_t K, int64_t K_padded,
+                 int16_t *q, int *exponent)
+{
+    if (dtype == BD_F32) {
+        return quantize_typed(x, BD_F32, column, K, K_padded, q, exponent);
+    }
+    return dtype == BD_F16 ? quantize_typed(x, BD_F16, column, K, K_padded, q, exponent)
+                           : quantize_typed(x, BD_BF16, column, K, K_padded, q, exponent);
+}
+
+/* ---- base products of few rows ---------------------------------------------------------------- */
+
+INLINE float
+fold(__m256 sum)
+{
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+/* W weights x R rows. Every sum has its own 8 lanes, k ascending by 8, and one fold, whatever the
+ * tile, so that a row's bits do not depend on the rows beside it. */
+INLINE void
+stream_tile(const float *x, int64_t x_stride, const void *weight, bd_dtype dtype,
+            int64_t weight_stride, int64_t K, float *out, int64_t out_stride, const int W,
+            const int R)
+{
+    __m256 sum[12], w[8];
+#pragma GCC unroll 12
+    for (int i = 0; i < W * R; i++) {
+        sum[i] = _mm256_setzero_ps();
+    }
+    /* Into the L2 cache in memory order: the next W weights, as this tile reads its own. */
+    const int64_t bytes = dtype == BD_F32 ? 4 : 2;
+    const char *ahead = (const char *)weight + W * weight_stride * bytes;
+    int64_t k = 0;
+    for (; k + 8 <= K; k += 8) {
+        for (int64_t b = 0; b < 8 * W * bytes; b += 64) {
+            _mm_prefetch(ahead + k * W * bytes + b, _MM_HINT_T1);
+        }
+#pragma GCC unroll 8
+        for (int n = 0; n < W; n++) {
+            w[n] = load_eight(weight, dtype, n * weight_stride + k);
+        }
+#pragma GCC unroll 4
+        for (int m = 0; m < R; m++) {
+            __m256 u = _mm256_loadu_ps(x + m * x_stride + k);
+#pragma GCC unroll 8
+            for (int n = 0; n < W; n++) {
+                sum[m * W + n] = _mm256_fmadd_ps(u, w[n], sum[m * W + n]);
+            }
+        }
+    }
+    if (k < K) {
+        for (int n = 0; n < W; n++) {
+            w[n] = load_tail(weight, dtype, n * weight_stride + k, K - k);
+        }
+        for (int m = 0; m < R; m++) {
+            __m256 u = load_tail(x, BD_F32, m * x_stride + k, K - k);
+            for (int n = 0; n < W; n++) {
+                sum[m * W + n] = _mm256_fmadd_ps(u, w[n], sum[m * W + n]);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < R; m++) {
+#pragma GCC unroll 8
+        for (int n = 0; n < W; n++) {
+            out[m * out_stride + n] = fold(sum[m * W + n]);
+        }
+    }
+}
+
+/* W weights x M rows, in tiles of rows as equal as may be. */
+INLINE void
+stream_weights(const float *x, int64_t x_stride, int64_t M, const void *weight, bd_dtype dtype,
+               int64_t weight_stride, int64_t K, float *out, int64_t out_stride, const int W)
+{
+#define TILE(R)                                                                  \
+    case R:                                                                      \
+        stream_tile(x + m * x_stride, x_stride, weight, dtype, weight_stride, K, \
+                    out + m * out_stride, out_stride, W, R);                     \
+        m += R;                                                                  \
+        break
+    for (int64_t m = 0; m < M;) {
+        const int64_t n_left = M - m;
+        switch (n_left == 5 || n_left == 6 || n_left == 9 ? 3 : n_left) {
+            TILE(1);
+            TILE(2);
+            TILE(3);
+            default:
+                TILE(4);
+        }
+    }
+#undef TILE
+}
+
+INLINE void
+stream_typed(const float *x, int64_t x_stride, int64_t M, const void *weight, bd_dtype dtype,
+             int64_t weight_stride, int64_t n_rows, int64_t K, float *out, int64_t out_stride)
+{
+    const int64_t row_bytes = weight_stride * (dtype == BD_F32 ? 4 : 2);
+    const char *row = weight;
+    int64_t n = 0;
+    for (; M == 1 && n + 8 <= n_rows; n += 8, row += 8 * row_bytes) {
+        stream_tile(x, x_stride, row, dtype, weight_stride, K, out + n, out_stride, 8, 1);
+    }
+    for (; n + 3 <= n_rows; n += 3, row += 3 * row_bytes) {
+        stream_weights(x, x_stride, M, row, dtype, weight_stride, K, out + n, out_stride, 3);
+    }
+    for (; n < n_rows; n++, row += row_bytes) {
+        stream_weights(x, x_stride, M, row, dtype, weight_stride, K, out + n, out_stride, 1);
+    }
+}
+
+void
+bd_stream_rows_avx2(const float *x, int64_t x_stride, int64_t M, const void *weight, bd_dtype dtype,
+                    int64_t weight_stride, int64_t n_rows, int64_t K, float *out,
+                    int64_t out_stride)
+{
+    switch (dtype) {
+        case BD_F32:
+            stream_typed(x, x_stride, M, weight, BD_F32, weight_stride, n_rows, K, out, out_stride);
+            break;
+        case BD_F16:
+            stream_typed(x, x_stride, M, weight, BD_F16, weight_stride, n_rows, K, out, out_stride);
+            break;
+        default:
+            stream_typed(x, x_stride, M, weight, BD_BF16, weight_stride, n_rows, K, out,
+                         out_stride);
+            break;
+    }
+}
+
+/* ---- transposed ------------------------------------------------------------------------------- */
+
+/* Eight columns a register: a column's bit moves to the top of its lane and chooses q or -q. */
+void
+bd_transposed_strip_avx2(const uint32_t *sign, int64_t n_lines, const int16_t *q, int32_t *z)
+{
+    const __m256i shift = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    __m256i sums[4];
+    for (int64_t l = 0; l < n_lines; l++, sign += BD_STRIP_ROWS, z += BD_WORD_BITS) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            sums[j] = _mm256_loadu_si256((const void *)(z + 8 * j));
+        }
+        for (int i = 0; i < BD_STRIP_ROWS; i++) {
+            const __m256i word = _mm256_set1_epi32((int32_t)sign[i]);
+            const __m256 plus = _mm256_castsi256_ps(_mm256_set1_epi32(q[i]));
+            const __m256 minus = _mm256_castsi256_ps(_mm256_set1_epi32(-q[i]));
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                __m256i top =
+                    _mm256_sllv_epi32(word, _mm256_sub_epi32(shift, _mm256_set1_epi32(8 * j)));
+                __m256 value = _mm256_blendv_ps(minus, plus, _mm256_castsi256_ps(top));
+                sums[j] = _mm256_add_epi32(sums[j], _mm256_castps_si256(value));
+            }
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            _mm256_storeu_si256((void *)(z + 8 * j), sums[j]);
+        }
+    }
+}
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif /* __x86_64__ */
