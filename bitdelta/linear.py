@@ -69,7 +69,7 @@ def linear(
            [ 1.,  2.]], dtype=float32)
     """
     sync()
-    handles = [delta.handle for delta in deltas]
+    handles = _handles(deltas)
     try:
         n_rows, _ = x.shape
     except (AttributeError, ValueError, TypeError):
@@ -107,7 +107,7 @@ def linear_add(y: Tensor, x: Tensor, deltas: Sequence[Delta], tenant_ids: Any) -
     array([[13.]], dtype=float32)
     """
     sync()
-    _C.linear_add(y, x, [delta.handle for delta in deltas], tenant_ids)
+    _C.linear_add(y, x, _handles(deltas), tenant_ids)
     return y
 
 
@@ -133,7 +133,7 @@ def linear_transposed(
     array([[3., 1.]], dtype=float32)
     """
     sync()
-    handles = [delta.handle for delta in deltas]
+    handles = _handles(deltas)
     n_rows, _ = matrix_shape(dy, "dy", "[M, N]")
     if out is None:
         if not handles:
@@ -141,6 +141,16 @@ def linear_transposed(
         out = empty_like(dy, (n_rows, handles[0].shape[1]))
     _C.linear_transposed(out, dy, handles, tenant_ids)
     return out
+
+
+def _handles(deltas: Sequence[Delta]) -> list[_C.Delta]:
+    """What the extension takes for each delta."""
+    try:
+        return [delta.handle for delta in deltas]
+    except (AttributeError, TypeError):
+        items = deltas if isinstance(deltas, Sequence) else [deltas]
+        names = sorted({type(item).__name__ for item in items})
+        raise TypeError(f"deltas: expected a sequence of bitdelta.Delta, got {', '.join(names)}") from None
 
 
 def _width(weight: Tensor | None, handles: list[_C.Delta]) -> int:

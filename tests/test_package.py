@@ -1,5 +1,7 @@
 """The package as a whole: its public names, what importing it loads, and a source tree that is not built."""
 
+import doctest
+import importlib
 import os
 import shutil
 import subprocess
@@ -34,6 +36,20 @@ def test_every_public_name_is_there_and_documented():
 def test_names_of_later_versions_say_so(name):
     with pytest.raises(AttributeError, match=f"bitdelta.{name} is not part of this version"):
         getattr(bitdelta, name)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PACKAGE.glob("[a-z]*.py")))
+def test_the_examples_in_the_docstrings_run(name):
+    tried = doctest.testmod(importlib.import_module(f"bitdelta.{name}"))
+    assert tried.failed == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["as_bfloat16", "extract", "linear", "linear_add", "linear_transposed", "set_num_threads", "Delta"],
+)
+def test_what_users_call_has_an_example(name):
+    assert ">>> " in getattr(bitdelta, name).__doc__
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error():

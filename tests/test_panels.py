@@ -180,6 +180,8 @@ def test_transposed_and_added_are_of_the_kind_of_their_argument(rng, case):
         ({"weight": np.ones(K, F32)}, ValueError, "weight: expected"),
         ({"weight": "text"}, TypeError, "weight: expected"),
         ({"weight": None, "deltas": [], "precision": "fixed16"}, ValueError, "deltas: expected at least one"),
+        ({"deltas": [None]}, TypeError, "deltas: expected a sequence of bitdelta.Delta, got NoneType"),
+        ({"deltas": 3}, TypeError, "deltas: expected a sequence of bitdelta.Delta, got int"),
         ({"ids": [0] * (MANY - 1)}, ValueError, "tenant_ids: expected"),
         ({"ids": [0] * (MANY - 1) + [2]}, ValueError, "tenant_ids: expected -1 .. 1, got 2"),
         ({"ids": [0] * (MANY - 1) + [-2]}, ValueError, "tenant_ids: expected -1 .. 1, got -2"),
