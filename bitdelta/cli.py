@@ -269,18 +269,37 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} in the report is not JSON")
 
 
+SAID = ("ok", "dry_run", "out", "delta")  # what the first line of a summary says
+
+
 def _summary(report: dict[str, Any], verb: str, path: object) -> Iterable[str]:
-    """`verb path`, then the report's single values, one a line."""
+    """`verb path`, then what can be said in a line each, aligned."""
     yield f"{verb} {path}"
-    for key, value in report.items():
-        if isinstance(value, float):
-            yield f"  {key.replace('_', ' ')}: {value:.6g}"
-        elif isinstance(value, int) and not isinstance(value, bool):
-            yield f"  {key.replace('_', ' ')}: {value:,}"
-        elif isinstance(value, (str, bool)) and value != "":
-            yield f"  {key.replace('_', ' ')}: {value}"
-        elif isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value):
-            yield f"  {key.replace('_', ' ')}: {', '.join(value[:8])}{' ...' if len(value) > 8 else ''}"
+    facts = {key: _fact(key, value) for key, value in report.items() if key not in SAID}
+    width = max((len(key) for key, text in facts.items() if text), default=0)
+    for key, text in facts.items():
+        if text:
+            yield f"  {key.replace('_', ' '):<{width}}  {text}"
+
+
+def _fact(key: str, value: Any) -> str:
+    """A value as text; empty for what does not fit a line."""
+    if isinstance(value, (str, bool)):
+        return str(value)
+    if isinstance(value, (int, float)):
+        if key.endswith("bytes"):
+            return _bytes(value)
+        return f"{value:,}" if isinstance(value, int) else f"{value:.2f} s" if key == "seconds" else f"{value:.4g}"
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        return ", ".join(value[:8]) + (" ..." if len(value) > 8 else "")
+    return ""
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count:,} ({count / size:.2f} {unit})"
+    return f"{count:,}"
 
 
 def _message(text: str) -> None:

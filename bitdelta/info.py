@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .table import table
+
 FORMS = {
     "tensor": "signs, one scale per matrix",
     "row": "signs, one scale per row",
@@ -79,15 +81,13 @@ def info(delta_dir: str | os.PathLike[str]) -> dict[str, Any]:
 
 def describe(report: dict[str, Any]) -> Iterator[str]:
     """The report as lines of text."""
-    width = max([len("tensor"), *(len(tensor["name"]) for tensor in report["tensors"])])
-    yield f"{'tensor':<{width}}  {'form':<8} {'planes':>6} {'shape':>16} {'bytes':>14}  relative error"
+    rows = []
     for tensor in report["tensors"]:
-        error = tensor["relative_error"]
+        error, planes = tensor["relative_error"], tensor["planes"]
         shape = " x ".join(map(str, tensor["shape"]))
-        yield (
-            f"{tensor['name']:<{width}}  {tensor['form']:<8} {tensor['planes'] or '':>6} "
-            f"{shape:>16} {tensor['bytes']:>14,}  " + ("" if error is None else f"{error:.4f}")
-        )
+        numbers = ("" if planes is None else str(planes), shape, f"{tensor['bytes']:,}")
+        rows.append([tensor["name"], tensor["form"], *numbers, "" if error is None else f"{error:.4f}"])
+    yield from table(("tensor", "form", ">planes", ">shape", ">bytes", ">relative error"), rows)
     yield ""
     for form, share in report["forms"].items():
         yield f"{form:<8} {share['share']:>7.2%} of the parameters ({share['description']})"
