@@ -289,7 +289,13 @@ def _fact(key: str, value: Any) -> str:
     if isinstance(value, (int, float)):
         if key.endswith("bytes"):
             return _bytes(value)
-        return f"{value:,}" if isinstance(value, int) else f"{value:.2f} s" if key == "seconds" else f"{value:.4g}"
+        return (
+            f"{value:,}"
+            if isinstance(value, int)
+            else f"{value:.2f} s"
+            if key == "seconds"
+            else f"{value:.4g}"
+        )
     if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
         return ", ".join(value[:8]) + (" ..." if len(value) > 8 else "")
     return ""

@@ -6,12 +6,12 @@ factor             = (bytes of the fine-tune's tensors as it was stored) / (byte
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .forms import parameters, stored_bytes
 from .table import table
 
 FORMS = {
@@ -20,18 +20,7 @@ FORMS = {
     "rank1": "signs, row and column scales",
     "whole": "stored whole",
     "same": "identical to the base",
-}
-ITEMSIZE = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
+    "tied": "another name of a tensor above",
 }
 UNIT = "factor = bytes of the fine-tune's tensors / bytes of the delta's files"
 
@@ -58,8 +47,12 @@ def info(delta_dir: str | os.PathLike[str]) -> dict[str, Any]:
     forms = {}
     for form, description in FORMS.items():
         count = sum(tensor["parameters"] for tensor in tensors if tensor["form"] == form)
-        if count:
-            forms[form] = {"parameters": count, "share": count / total, "description": description}
+        if count or any(tensor["form"] == form for tensor in tensors):
+            forms[form] = {
+                "parameters": count,
+                "share": count / total if total else 0.0,
+                "description": description,
+            }
     root = Path(packfile.root)
     size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
     finetuned_bytes = sum(tensor["finetuned_bytes"] for tensor in tensors)
@@ -99,15 +92,13 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
 
 def _tensor(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     """One row of the table from the packfile's entry; what the entry does not record is None."""
-    shape = list(entry["shape"])
-    parameters = math.prod(shape)
     return {
         "name": name,
         "form": entry["form"],
         "planes": entry.get("planes"),
-        "shape": shape,
-        "parameters": parameters,
+        "shape": list(entry["shape"]),
+        "parameters": parameters(entry),
         "bytes": entry.get("bytes", 0),
-        "finetuned_bytes": parameters * ITEMSIZE.get(entry.get("dtype", "F32"), 4),
+        "finetuned_bytes": stored_bytes(entry),
         "relative_error": entry.get("relative_error"),
     }

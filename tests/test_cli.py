@@ -254,3 +254,19 @@ def test_importing_the_command_line_imports_no_torch():
         "import sys, bitdelta.cli; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_info_counts_a_tied_tensor_once(tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    for seed, name in enumerate(("base", "finetuned")):
+        weight = torch.randn(64, 256) + seed
+        (tmp_path / name).mkdir()
+        both = {"model.embed_tokens.weight": weight, "lm_head.weight": weight}
+        torch.save(both, tmp_path / name / "pytorch_model.bin")
+    base, finetuned, delta = (str(tmp_path / name) for name in ("base", "finetuned", "delta"))
+    assert main(["compress", base, finetuned, "--out", delta, "--json"]) == 0
+    compressed = document(capsys)
+    assert main(["info", delta, "--json"]) == 0
+    report = document(capsys)
+    assert report["parameters"] == compressed["parameters"] == 64 * 256
+    assert report["forms"]["tied"]["parameters"] == 0 and report["forms"]["row"]["share"] == 1
