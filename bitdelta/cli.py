@@ -156,11 +156,12 @@ def merge(
         from .packfile import load
 
         _refuse_existing(out)
-        packfile = load(delta)
+        packfile, checkpoint = load(delta), open_checkpoint(base)
+        packfile.check_base(checkpoint)
         report = {
             "dry_run": True,
             "tensors": len(packfile.entries),
-            "base": str(open_checkpoint(base).root),
+            "base": str(checkpoint.root),
             "out": str(out),
         }
         _answer(report, as_json, [f"would write {len(packfile.entries)} tensors to {out}"])

@@ -98,6 +98,11 @@ def test_dry_run_estimates_and_writes_nothing(tmp_path, capsys, folders):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_dry_run_of_merge_refuses_another_base(tmp_path, capsys, folders):
+    other = checkpoint(tmp_path / "other", 3)
+    refused(capsys, ["merge", other, folders[2], "--out", str(tmp_path / "out"), "--dry-run"], "other values")
+
+
 def test_info_counts_every_parameter_once_and_states_the_unit(capsys, folders):
     base, finetuned, delta = folders
     assert main(["info", delta, "--json"]) == 0
