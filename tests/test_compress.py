@@ -375,6 +375,7 @@ def test_two_names_of_the_same_bytes_are_stored_once(tmp_path, rng):
     report = compress(tmp_path / "base", tmp_path / "finetuned", tmp_path / "delta")
     packfile = load(tmp_path / "delta")
     assert packfile.entries["lm_head.weight"]["form"] == "tied" and report["parameters"] == 50 * 300
+    assert info(tmp_path / "delta")["finetuned_bytes"] == 50 * 300 * 2  # as the fine-tune's file holds it
     assert same_bits(packfile["lm_head.weight"].sign, packfile["model.embed_tokens.weight"].sign)
     merge(tmp_path / "base", tmp_path / "delta", tmp_path / "merged")
     merged = read_all(tmp_path / "merged")
