@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
-from .tensor import DTYPES
+from .forms import parameters, stored_bytes
+from .info import FORMS
 
-DESCRIPTIONS = {
-    "tensor": "sign planes, one scale per matrix",
-    "row": "sign planes, one scale per row",
-    "rank1": "sign planes, row and column scales",
-    "whole": "stored whole",
-    "same": "identical to the base",
-    "tied": "tied to another tensor",
-}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -29,8 +21,7 @@ def model_card(config: dict[str, Any], delta_bytes: int) -> str:
     base, finetuned = config["base"], config["finetuned"]
     base_name = base["id"] or base["name"] or "BASE"
     entries = config["tensors"].values()
-    own = [entry for entry in entries if entry["form"] != "tied"]
-    finetuned_bytes = sum(math.prod(entry["shape"]) * DTYPES[entry["dtype"]][0] // 8 for entry in own)
+    finetuned_bytes = sum(map(stored_bytes, entries))
     lines = ["---", "library_name: bitdelta", "tags:", "- bitdelta"]
     if base["id"] and _HUB_ID.fullmatch(base["id"]):
         lines += [f"base_model: {base['id']}", "base_model_relation: adapter"]
@@ -51,12 +42,12 @@ def model_card(config: dict[str, Any], delta_bytes: int) -> str:
         "| tensors | parameters | how |",
         "|---|---|---|",
     ]
-    for form, description in DESCRIPTIONS.items():
+    for form, description in FORMS.items():
         group = [entry for entry in entries if entry["form"] == form]
         if group:
             planes = sorted({entry["planes"] for entry in group if "planes" in entry})
-            count = sum(math.prod(entry["shape"]) for entry in group)
-            how = description + (f" ({', '.join(map(str, planes))} per weight)" if planes else "")
+            count = sum(map(parameters, group))
+            how = description + (f", planes: {', '.join(map(str, planes))}" if planes else "")
             lines.append(f"| {len(group)} | {count:,} | {how} |")
     lines += [
         "",
