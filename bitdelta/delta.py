@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 
 from . import _C, threads
 from .array import Tensor, aligned_empty, empty_like
+from .errors import whole_number
 
 FORMS = ("tensor", "row", "rank1")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Delta:
     """The packed difference of one weight [N, K]. Arrays are not copied; they may be read-only memory maps.
 
@@ -39,8 +40,10 @@ class Delta:
     >>> import bitdelta, numpy as np
     >>> base = np.zeros((2, 3), np.float32)
     >>> d = bitdelta.extract(base, np.array([[1, -1, 2], [-3, 0, 3]], np.float32))
-    >>> d.shape, d.planes, d.scale.tolist()
-    ((2, 3), 1, [[1.3333333730697632, 2.0]])
+    >>> d
+    Delta(shape=(2, 3), planes=1, form='row', nbytes=520)
+    >>> d.scale.tolist()
+    [[1.3333333730697632, 2.0]]
     """
 
     sign: NDArray[np.uint32]
@@ -48,7 +51,7 @@ class Delta:
     column: NDArray[np.float32] | None
     shape: tuple[int, int]
     form: str = "row"
-    handle: _C.Delta = field(init=False, repr=False)  # the arrays as the kernels see them
+    handle: _C.Delta = field(init=False)  # the arrays as the kernels see them
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
@@ -91,6 +94,9 @@ class Delta:
             out = np.empty(self.shape, np.float32) if base is None else empty_like(base, self.shape)
         _C.expand(out, base, self.handle, 0, self.shape[0])
         return out
+
+    def __repr__(self) -> str:
+        return f"Delta(shape={self.shape}, planes={self.planes}, form={self.form!r}, nbytes={self.nbytes})"
 
     def __reduce__(self) -> Any:
         return _restore, (self.sign, self.scale, self.column, self.shape, self.form)
@@ -146,8 +152,7 @@ def _extract(
     N, K = matrix_shape(base, "base")
     if matrix_shape(finetuned, "finetuned") != (N, K):
         raise ValueError(f"finetuned: expected {[N, K]} as base, got {list(finetuned.shape)}")
-    if not isinstance(planes, int) or not 1 <= planes <= 8:
-        raise ValueError(f"planes: expected 1 to 8, got {planes!r}")
+    planes = whole_number(planes, "planes", 1, 8)
     if scale not in FORMS:
         raise ValueError(f"scale: expected 'tensor', 'row' or 'rank1', got {scale!r}")
     threads.sync()

@@ -6,6 +6,9 @@ alignment, overlap or device of a tensor), MemoryError.
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 
 class Error(Exception):
     """Whatever bitdelta itself refuses; the parent of the errors below."""
@@ -21,3 +24,14 @@ class BaseMismatchError(Error):
 
 class DeviceError(Error):
     """A device that is missing or that this build cannot use."""
+
+
+def whole_number(value: Any, name: str, least: int, most: int) -> int:
+    """The argument as an int between least and most, or the TypeError or ValueError that names it."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}") from None
+    if not least <= number <= most:
+        raise ValueError(f"{name}: expected {least} to {most}, got {number}")
+    return number

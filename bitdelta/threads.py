@@ -2,18 +2,19 @@
 
 The first of these that exists: `set_num_threads(n)`; BITDELTA_NUM_THREADS; torch.get_num_threads() once torch is
 loaded, also when it changes later; else the CPUs of the affinity mask, at most the cgroup's quota (v1 and v2,
-rounded up), as they are at the first call.
+rounded up), as they are at the first call. NumPy's BLAS, which multiplies many rows with the base, has a number of
+its own: see threadpoolctl.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 import os
 import sys
 from pathlib import Path
 
 from . import _C
+from .errors import whole_number
 
 MOST = 1024
 VARIABLE = "BITDELTA_NUM_THREADS"
@@ -42,7 +43,7 @@ def set_num_threads(n: int | None) -> None:
     if n is None:
         _chosen, _machine = None, 0
     else:
-        _chosen = _checked(operator.index(n), f"n: expected 1 to {MOST}, got {n}")
+        _chosen = whole_number(n, "n", 1, MOST)
     sync()
 
 
@@ -146,14 +147,7 @@ def _from_environment() -> int | None:
     text = os.environ.get(VARIABLE)
     if not text:
         return None
-    message = f"{VARIABLE}: expected a whole number from 1 to {MOST}, got {text!r}"
     try:
-        return _checked(int(text), message)
+        return whole_number(int(text), VARIABLE, 1, MOST)
     except ValueError:
-        raise ValueError(message) from None
-
-
-def _checked(n: int, message: str) -> int:
-    if not 1 <= n <= MOST:
-        raise ValueError(message)
-    return n
+        raise ValueError(f"{VARIABLE}: expected a whole number from 1 to {MOST}, got {text!r}") from None

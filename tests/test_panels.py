@@ -268,7 +268,7 @@ def test_expand_gives_the_base_s_kind_and_may_overwrite_it(rng, dtype, kind):
     [
         ({"planes": 0}, ValueError, "planes: expected 1 to 8, got 0"),
         ({"planes": 9}, ValueError, "planes: expected 1 to 8, got 9"),
-        ({"planes": 1.0}, ValueError, "planes"),
+        ({"planes": 1.0}, TypeError, "planes: expected a whole number, got float"),
         ({"scale": "column"}, ValueError, "scale: expected 'tensor', 'row' or 'rank1', got 'column'"),
         (
             {"finetuned": np.ones((2, 4), F32)},

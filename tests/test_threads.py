@@ -31,7 +31,7 @@ def test_numbers_out_of_range_are_refused(n):
 
 @pytest.mark.parametrize("n", [1.5, "2", [2]])
 def test_what_is_no_whole_number_is_refused(n):
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="n: expected a whole number"):
         bitdelta.set_num_threads(n)
 
 
