@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import sys
@@ -42,9 +41,11 @@ def describe() -> dict[str, str]:
 
 
 def _version(name: str) -> str:
+    from importlib import metadata  # slow to load, and nobody else needs it
+
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
         if name == "bitdelta":
             from . import __version__
 
