@@ -20,24 +20,6 @@
 #include <unistd.h>
 #endif
 
-/* Until every set has landed, a missing one is skipped. */
-#pragma weak bd_fill_generic_linear
-#pragma weak bd_fill_generic_delta
-#pragma weak bd_fill_avx2_linear
-#pragma weak bd_fill_avx2_delta
-#pragma weak bd_fill_avx512_linear
-#pragma weak bd_fill_avx512_delta
-#pragma weak bd_fill_avx512_linear_emulated
-#pragma weak bd_fill_avx512_delta_emulated
-#pragma weak bd_fill_amx
-#pragma weak bd_fill_amx_emulated
-#define FILL(function, table)     \
-    do {                          \
-        if ((function) != NULL) { \
-            (function)(table);    \
-        }                         \
-    } while (0)
-
 /* ---- what the machine has --------------------------------------------------------------------- */
 
 static int
@@ -110,23 +92,23 @@ has_amx(void)
 static void
 fill_generic(bd_kernels *table)
 {
-    FILL(bd_fill_generic_linear, table);
-    FILL(bd_fill_generic_delta, table);
+    bd_fill_generic_linear(table);
+    bd_fill_generic_delta(table);
 }
 
 static void
 fill_avx512_emulated(bd_kernels *table)
 {
     fill_generic(table);
-    FILL(bd_fill_avx512_linear_emulated, table);
-    FILL(bd_fill_avx512_delta_emulated, table);
+    bd_fill_avx512_linear_emulated(table);
+    bd_fill_avx512_delta_emulated(table);
 }
 
 static void
 fill_amx_emulated(bd_kernels *table)
 {
     fill_avx512_emulated(table);
-    FILL(bd_fill_amx_emulated, table);
+    bd_fill_amx_emulated(table);
 }
 
 #if defined(__x86_64__)
@@ -135,26 +117,35 @@ static void
 fill_avx2(bd_kernels *table)
 {
     fill_generic(table);
-    FILL(bd_fill_avx2_linear, table);
-    FILL(bd_fill_avx2_delta, table);
+    bd_fill_avx2_linear(table);
+    bd_fill_avx2_delta(table);
 }
 
 static void
 fill_avx512(bd_kernels *table)
 {
     fill_avx2(table);
-    FILL(bd_fill_avx512_linear, table);
-    FILL(bd_fill_avx512_delta, table);
+    bd_fill_avx512_linear(table);
+    bd_fill_avx512_delta(table);
 }
 
 static void
 fill_amx(bd_kernels *table)
 {
     fill_avx512(table);
-    FILL(bd_fill_amx, table);
+    bd_fill_amx(table);
 }
 
-#endif /* __x86_64__ */
+#elif defined(__aarch64__)
+
+static void
+fill_neon(bd_kernels *table)
+{
+    fill_generic(table);
+    bd_fill_neon_linear(table);
+}
+
+#endif
 
 /* ---- the tables ------------------------------------------------------------------------------- */
 
@@ -170,6 +161,8 @@ static const instruction_set SETS[] = {
     {"amx", has_amx, fill_amx},
     {"avx512", has_avx512, fill_avx512},
     {"avx2", has_avx2, fill_avx2},
+#elif defined(__aarch64__)
+    {"neon", always, fill_neon},
 #endif
     {"generic", always, fill_generic},
     {"avx512-emulated", always, fill_avx512_emulated},
