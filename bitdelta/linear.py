@@ -188,14 +188,15 @@ def _base_product(x: F32, weight: Tensor) -> F32:
     product = np.empty((x.shape[0], n_rows), np.float32)
     can_slice = isinstance(weight, np.ndarray) or is_torch(weight)
     if not can_slice or dtype_name(weight, "weight") == "float32":
-        return np.matmul(x, _as_float32(weight, "weight").T, out=product)
+        _multiply(x, _as_float32(weight, "weight"), product)
+        return product
     step = _panel_rows(n_columns)
     panel = np.empty((min(step, n_rows), n_columns), np.float32)
     for begin in range(0, n_rows, step):
         end = min(begin + step, n_rows)
         wide = panel[: end - begin]
         _C.to_float32(wide, weight[begin:end], "weight")
-        np.matmul(x, wide.T, out=product[:, begin:end])
+        _multiply(x, wide, product[:, begin:end])
     return product
 
 
@@ -242,7 +243,13 @@ def _merged_panels(x: F32, weight: Tensor, handle: _C.Delta, product: F32) -> No
         _C.expand(narrow[: end - begin], weight, handle, begin, end)
         if narrow is not panel:
             _C.to_float32(wide, narrow[: end - begin])
-        np.matmul(x, wide.T, out=product[:, begin:end])
+        _multiply(x, wide, product[:, begin:end])
+
+
+def _multiply(x: F32, panel: F32, out: F32) -> None:
+    """out = x panel^T by BLAS; NaN and Inf are results as in the kernels, not warnings."""
+    with np.errstate(all="ignore"):
+        np.matmul(x, panel.T, out=out)
 
 
 def _panel_rows(n_columns: int) -> int:

@@ -152,6 +152,16 @@ def test_a_row_of_nan_is_nan_and_no_other(rng, case, m):
     assert (bits(y[1]) == 0x7FC00000).all() and np.isfinite(np.delete(y, 1, axis=0)).all()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("precision", ["fixed16", "merged"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_is_beyond_the_dtype_is_infinite_without_a_warning(case, dtype, precision):
+    base, deltas = case
+    x = np.full((MANY, K), 3e38, F32)
+    y = bitdelta.linear(x, tensor(np.abs(base), dtype), deltas, [-1] * MANY, precision=precision)
+    assert np.isposinf(y).all()
+
+
 def test_transposed_and_added_are_of_the_kind_of_their_argument(rng, case):
     import torch
 
