@@ -26,7 +26,7 @@ typedef struct {
 struct bd_crc_chains {
     const unsigned char *bytes;
     int64_t n_words, n_done;
-    uint32_t sums[BD_CRC_CHAINS];
+    uint64_t sums[BD_CRC_CHAINS]; /* 32 bits, as wide as the instruction's registers */
 };
 typedef struct bd_crc_chains bd_crc_chains;
 

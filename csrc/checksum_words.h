@@ -23,7 +23,7 @@ bd_crc_add_words(bd_crc_chains *chains, int64_t n_words)
             uint64_t word;
             memcpy(&word, chains->bytes + 8 * (chain * chains->n_words + chains->n_done),
                    sizeof word);
-            chains->sums[chain] = (uint32_t)_mm_crc32_u64(chains->sums[chain], word);
+            chains->sums[chain] = _mm_crc32_u64(chains->sums[chain], word);
         }
         chains->n_done++;
     }

@@ -16,8 +16,7 @@
 #include "float_state.h"
 #include "pool.h"
 
-#define TASK_ELEMENTS 65536 /* at least, in whole strips: some 20 us */
-#define PIECE_COLUMNS 2048  /* of a row: 8 KB of bf16 base and finetuned, half of an L1 cache */
+#define TASK_ELEMENTS 131072     /* at least, in whole strips: some 40 us */
 #define STREAMED_BYTES 0x2000000 /* 32 MB: outputs that no cache keeps bypass it */
 
 static int64_t
