@@ -64,29 +64,6 @@ done:
     return result;
 }
 
-/* An unsigned number up to most; -1 with an exception. */
-static int
-parse_unsigned(PyObject *object, const char *name, unsigned long long most, unsigned long long *out)
-{
-    PyObject *number = PyNumber_Index(object);
-    if (number == NULL) {
-        return -1;
-    }
-    *out = PyLong_AsUnsignedLongLong(number);
-    if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_OverflowError)) {
-        Py_DECREF(number);
-        return -1;
-    }
-    if (PyErr_Occurred() || *out > most) {
-        PyErr_Clear(); /* beyond 64 bits: said as a range */
-        PyErr_Format(PyExc_ValueError, "%s: expected 0 .. %llu, got %S", name, most, number);
-        Py_DECREF(number);
-        return -1;
-    }
-    Py_DECREF(number);
-    return 0;
-}
-
 PyDoc_STRVAR(crc32c_doc,
              "crc32c($module, buffer, value=0, /)\n--\n\n"
              "CRC-32C of contiguous memory, continuing from value.");
@@ -112,10 +89,10 @@ static PyObject *
 py_crc32c(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     tensor view = {0};
-    unsigned long long value = 0;
+    int64_t value = 0;
     uint32_t crc = 0;
     if (check_n_arguments("crc32c", nargs, 1, 2) < 0 ||
-        (nargs == 2 && parse_unsigned(args[1], "value", UINT32_MAX, &value) < 0) ||
+        (nargs == 2 && parse_int(args[1], "value", 0, UINT32_MAX, &value) < 0) ||
         acquire_bytes(module, args[0], &view) < 0) {
         return NULL;
     }
@@ -156,14 +133,14 @@ PyDoc_STRVAR(crc32c_combine_doc,
 static PyObject *
 py_crc32c_combine(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
-    unsigned long long a = 0, b = 0, n_bytes = 0;
+    int64_t a = 0, b = 0, n_bytes = 0;
     if (check_n_arguments("crc32c_combine", nargs, 3, 3) < 0 ||
-        parse_unsigned(args[0], "a", UINT32_MAX, &a) < 0 ||
-        parse_unsigned(args[1], "b", UINT32_MAX, &b) < 0 ||
-        parse_unsigned(args[2], "n_bytes_b", UINT64_MAX, &n_bytes) < 0) {
+        parse_int(args[0], "a", 0, UINT32_MAX, &a) < 0 ||
+        parse_int(args[1], "b", 0, UINT32_MAX, &b) < 0 ||
+        parse_int(args[2], "n_bytes_b", 0, INT64_MAX, &n_bytes) < 0) {
         return NULL;
     }
-    return PyLong_FromUnsignedLong(bd_crc32c_combine((uint32_t)a, (uint32_t)b, n_bytes));
+    return PyLong_FromUnsignedLong(bd_crc32c_combine((uint32_t)a, (uint32_t)b, (uint64_t)n_bytes));
 }
 
 PyMethodDef byte_functions[] = {

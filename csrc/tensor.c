@@ -209,10 +209,20 @@ acquire_buffer(PyObject *object, const char *name, tensor *out)
         buffer_dtype(&out->buffer, name, &out->dtype) < 0) {
         return -1;
     }
-    for (int i = 0; i < out->ndim; i++) {
-        if (set_dimension(out, name, i, out->buffer.shape[i], out->buffer.strides[i]) < 0) {
+    if (out->ndim > 0 && out->buffer.shape == NULL) {
+        PyErr_Format(PyExc_BufferError, "%s: this %.80s gives a buffer without a shape", name,
+                     Py_TYPE(object)->tp_name);
+        return -1;
+    }
+    Py_ssize_t compact = out->buffer.itemsize;
+    for (int i = out->ndim - 1; i >= 0; i--) {
+        Py_ssize_t size = out->buffer.shape[i];
+        /* ctypes leaves the strides out although they were asked for: compact, as ever */
+        Py_ssize_t stride = out->buffer.strides == NULL ? compact : out->buffer.strides[i];
+        if (set_dimension(out, name, i, size, stride) < 0) {
             return -1;
         }
+        compact *= size;
     }
     out->data = out->buffer.buf;
     out->is_readonly = out->buffer.readonly;

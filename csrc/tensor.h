@@ -47,7 +47,7 @@ int tensor_from_dltensor(const DLTensor *source, const char *name, tensor *out);
 
 /* Checks (tensor_check.c): 0, or -1 with an exception. In a shape, ANY_SIZE accepts any. */
 
-#define ANY_SIZE (-1)
+#define ANY_SIZE INT64_MIN /* no size and no stride */
 
 /* dtype and shape; letters is how messages call the shape: "[M, K]". */
 int check_shape(const tensor *view, const char *name, const char *letters, int ndim,

@@ -13,6 +13,8 @@
 #define VERSIONED_USED "used_dltensor_versioned"
 #define EXCHANGE "dlpack_exchange_api"
 
+#define MAX_DEVICE_TYPE 1000 /* DLPack 1.3 ends at 18 */
+
 /* Says the pending error again with the argument's name, when it is about this tensor. */
 static void
 name_error(const char *name)
@@ -250,16 +252,17 @@ ask_device(module_state *state, PyObject *object, const char *name)
     }
     long type = -1;
     if (PyTuple_Check(device) && PyTuple_GET_SIZE(device) == 2) {
-        PyObject *number = PyNumber_Long(PyTuple_GET_ITEM(device, 0)); /* may be an IntEnum */
-        type = number == NULL ? -1 : PyLong_AsLong(number);
-        Py_XDECREF(number);
+        type = PyLong_AsLong(PyTuple_GET_ITEM(device, 0)); /* an int or an IntEnum */
+        if (type == -1 && PyErr_Occurred()) {
+            PyErr_Clear(); /* said below */
+        }
     }
-    if ((type < 0 || type > 1000) && !PyErr_Occurred()) {
+    if (type < 0 || type > MAX_DEVICE_TYPE) {
         PyErr_Format(PyExc_BufferError, "%s: expected (type, id) of __dlpack_device__, got %R",
                      name, device);
     }
     Py_DECREF(device);
-    return PyErr_Occurred() ? -1 : (int)type;
+    return type < 0 || type > MAX_DEVICE_TYPE ? -1 : (int)type;
 }
 
 /* The capsule; producers older than max_version answer TypeError to it and are asked again. */
@@ -315,7 +318,10 @@ acquire_capsule(module_state *state, PyObject *object, const char *name, tensor 
         return -1;
     }
     int status = take_capsule(capsule, name, out);
+    PyObject *pending =
+        save_exception(); /* the destructor of a capsule not taken may run anything */
     Py_DECREF(capsule);
+    restore_exception(pending);
     return status;
 }
 

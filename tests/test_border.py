@@ -1,0 +1,521 @@
+"""The border between Python and C: what it takes as a tensor, and what it says of everything else."""
+
+import array
+import ctypes
+import gc
+import sys
+import threading
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from border_calls import ARGUMENTS, WRONG, K, L, M, N, P, S, call, make_delta, ones, right
+from dlpack_producer import (
+    BFLOAT16,
+    CUDA,
+    CUDA_HOST,
+    READ_ONLY,
+    Producer,
+    aligned,
+    make_exchange_class,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bitdelta
+from bitdelta import _C, as_bfloat16
+from bitdelta.array import from_float32
+
+
+@pytest.fixture(autouse=True)
+def _same_isa():
+    before = _C.isa()
+    yield
+    _C.set_isa(before)
+
+
+def values(*shape):
+    """Small whole numbers: exact in every dtype."""
+    return (np.arange(np.prod(shape)) % 64).reshape(shape).astype(np.float32)
+
+
+def read(tensor, shape):
+    out = np.full(shape, -1, np.float32)
+    _C.to_float32(out, tensor)
+    return out
+
+
+def bf16_bits(x):
+    return from_float32(x, "bfloat16").view(np.uint16)
+
+
+Exchanged, ExchangedWithoutView = make_exchange_class(), make_exchange_class(has_view=False)
+
+KINDS = {
+    "numpy fp32": lambda x: x,
+    "numpy fp16": lambda x: x.astype(np.float16),
+    "ml_dtypes bf16": lambda x: x.astype(ml_dtypes.bfloat16),
+    "BFloat16Array": lambda x: as_bfloat16(bf16_bits(x)),
+    "numpy read-only": lambda x: np.frombuffer(x.tobytes(), np.float32).reshape(x.shape),
+    "numpy rows apart": lambda x: np.hstack([x, x])[:, : x.shape[1]],
+    "torch fp32": torch.from_numpy,
+    "torch fp16": lambda x: torch.from_numpy(x).half(),
+    "torch bf16": lambda x: torch.from_numpy(x).bfloat16(),
+    "torch rows apart": lambda x: torch.from_numpy(np.hstack([x, x]))[:, : x.shape[1]],
+    "torch parameter": lambda x: torch.nn.Parameter(torch.from_numpy(x), requires_grad=False),
+    "torch inference": lambda x: torch.inference_mode()(lambda: torch.from_numpy(x) + 0)(),
+    "memoryview fp32": memoryview,
+    "memoryview fp16": lambda x: memoryview(x.astype(np.float16)),
+    "ctypes": lambda x: (ctypes.c_float * x.shape[1] * x.shape[0]).from_buffer_copy(x),
+    "legacy capsule": lambda x: Producer(x, "legacy"),
+    "versioned capsule": Producer,
+    "later minor version": lambda x: Producer(x, version=(1, 99)),
+    "NULL strides": lambda x: Producer(x, strides="none"),
+    "byte offset": lambda x: Producer(x, offset=64),
+    "pinned memory": lambda x: Producer(x, device=CUDA_HOST),
+    "bf16 capsule": lambda x: Producer(bf16_bits(x), dtype=BFLOAT16),
+    "read-only capsule": lambda x: Producer(x, flags=READ_ONLY),
+    "exchange": Exchanged,
+    "exchange without view": ExchangedWithoutView,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_tensor_is_read(kind):
+    x = values(5, 24)
+    assert (read(KINDS[kind](x), x.shape) == x).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_tensor_multiplies_alike(kind):
+    x = values(M, K)
+    expected, out = ones(M, N), ones(M, N)
+    call("linear", x=x, out=expected)
+    call("linear", x=KINDS[kind](x), out=out)
+    assert (out == expected).all()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "numpy fp32", "numpy fp16", "ml_dtypes bf16", "BFloat16Array", "numpy rows apart", "torch fp32", "torch fp16",
+        "torch bf16", "torch rows apart", "memoryview fp32", "ctypes", "legacy capsule", "versioned capsule",
+        "exchange", "exchange without view",
+    ],
+)  # fmt: skip
+def test_every_writable_kind_is_written(kind):
+    out = KINDS[kind](np.zeros((N, K), np.float32))
+    call("expand", out=out, base=values(N, K), delta=make_delta())
+    assert (read(out, (N, K)) == values(N, K) - 2).all()
+
+
+def test_array_array_is_a_vector():
+    assert (read(array.array("f", [1, 2, 3]), 3) == [1, 2, 3]).all()
+
+
+def test_a_vector_may_have_any_stride_forward():
+    assert (read(values(1, 12)[0, ::3], 4) == [0, 3, 6, 9]).all()
+
+
+@pytest.mark.parametrize(
+    ("function", "argument", "value", "exception", "words"),
+    [case[1:] for case in WRONG],
+    ids=[case[0] for case in WRONG],
+)
+def test_wrong_arguments_are_named(function, argument, value, exception, words):
+    with pytest.raises(exception) as caught:
+        call(function, **{argument: value})
+    assert type(caught.value) is exception
+    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+
+
+@pytest.mark.parametrize("function", ARGUMENTS)
+def test_right_arguments_pass(function):
+    call(function)
+
+
+@pytest.mark.parametrize("function", ARGUMENTS)
+def test_the_number_of_arguments_is_checked(function):
+    with pytest.raises(TypeError):
+        getattr(_C, function)()
+    with pytest.raises(TypeError):
+        getattr(_C, function)(*[None] * 12)
+    with pytest.raises(TypeError):
+        getattr(_C, function)(**right(function))
+
+
+# ---- torch ----
+
+
+def refuses(tensor, *words):
+    with pytest.raises(BufferError) as caught:
+        call("linear", x=tensor)
+    assert [word for word in ("x: ", *words) if word not in str(caught.value)] == [], str(caught.value)
+
+
+def test_torch_with_gradient_is_refused():
+    refuses(torch.ones(M, K, requires_grad=True), "x.detach()")
+    refuses(torch.nn.Parameter(torch.ones(M, K)), "x.detach()")
+    refuses(torch.ones(M, K, requires_grad=True) * 2, "x.detach()")
+
+
+def test_torch_lazily_negated_is_refused():
+    negated = torch.view_as_complex(torch.ones(M, K, 2)).conj().imag
+    assert negated.is_neg()
+    refuses(negated, "x.resolve_neg()")
+
+
+def test_torch_lazily_conjugated_is_refused():
+    refuses(torch.view_as_complex(torch.ones(M, K, 2)).conj(), "x.resolve_conj()")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
+def test_torch_without_strides_is_refused(layout):
+    refuses(getattr(torch.eye(40), layout)())
+
+
+def test_torch_without_memory_is_refused():
+    with pytest.raises((BufferError, bitdelta.DeviceError), match="x: "):
+        call("linear", x=torch.ones(M, K, device="meta"))
+
+
+def test_torch_fake_tensor_is_refused():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        fake = torch.ones(M, K)
+    refuses(fake)
+
+
+def test_torch_dtypes_are_named():
+    for dtype in (torch.float64, torch.int32, torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match=f"x: .*got {str(dtype).removeprefix('torch.')}"):
+            call("linear", x=torch.ones(M, K, dtype=dtype))
+
+
+def test_torch_uint32_signs_and_their_memory_stay_alive():
+    sign = torch.from_numpy(aligned((P, S, L, 16), np.uint32))
+    delta = _C.Delta(sign, torch.ones(P, N), None, (N, K))
+    sign.set_(torch.empty(0, dtype=torch.uint32))  # the tensor lets go of its memory, the delta does not
+    del sign
+    gc.collect()
+    out = ones(N, K)
+    _C.expand(out, None, delta, 0, N)
+    assert (out == -2).all()
+
+
+# ---- the DLPack protocol ----
+
+
+@pytest.mark.parametrize("protocol", ["legacy", "versioned"])
+def test_the_deleter_runs_once_after_success(protocol):
+    x = Producer(values(M, K), protocol)
+    call("linear", x=x)
+    gc.collect()
+    assert (x.exported, x.deleted) == (1, 1)
+
+
+@pytest.mark.parametrize("protocol", ["legacy", "versioned"])
+@pytest.mark.parametrize("changes", [{"lanes": 2}, {"ndim": 9}, {"dtype": (0, 32, 1)}, {"data": None}])
+def test_the_deleter_runs_once_after_a_refusal(protocol, changes):
+    x = Producer(values(M, K), protocol, **changes)
+    with pytest.raises((TypeError, ValueError, BufferError)):
+        call("linear", x=x)
+    gc.collect()
+    assert (x.exported, x.deleted) == (1, 1)
+
+
+def test_the_deleter_runs_once_for_an_unknown_major_version():
+    x = Producer(values(M, K), version=(2, 0))
+    with pytest.raises(BufferError, match="version"):
+        call("linear", x=x)
+    gc.collect()
+    assert (x.exported, x.deleted) == (1, 1)
+
+
+def test_a_foreign_device_is_refused_before_it_exports():
+    x = Producer(values(M, K), device=CUDA)
+    with pytest.raises(bitdelta.DeviceError, match="x: expected CPU memory, got CUDA memory"):
+        call("linear", x=x)
+    assert x.exported == 0
+
+
+def test_a_delta_keeps_its_export_until_it_goes():
+    scale = Producer(ones(P, N))
+    delta = _C.Delta(aligned((P, S, L, 16), np.uint32), scale, None, (N, K))
+    assert (scale.exported, scale.deleted) == (1, 0)
+    del delta
+    assert scale.deleted == 1
+
+
+def test_the_exchange_api_is_used_without_a_capsule():
+    cls = make_exchange_class()
+    call("linear", x=cls(values(M, K)))
+    assert (cls.views, cls.exports) == (1, 0)
+
+
+def test_the_exchange_api_tells_that_an_output_is_read_only():
+    cls = make_exchange_class()
+    with pytest.raises(BufferError, match="out: expected writable memory"):
+        call("linear", out=cls(ones(M, N), flags=READ_ONLY))
+    assert (cls.exports, cls.deleted) == (1, 1)
+
+
+def test_a_failing_exchange_is_an_error():
+    with pytest.raises(BufferError, match="x: its DLPack export failed"):
+        call("linear", x=make_exchange_class(has_view=False, fails=True)(values(M, K)))
+
+
+def test_an_exchange_api_of_another_major_version_is_not_used():
+    cls = make_exchange_class(version=(7, 0))
+    with pytest.raises(TypeError, match="x: expected a NumPy array or another tensor"):
+        call("linear", x=cls(values(M, K)))
+
+
+class Odd:
+    """A producer of what is no capsule."""
+
+    def __init__(self, capsule, device=(1, 0)):
+        self.capsule, self.device = capsule, device
+
+    def __dlpack_device__(self):
+        return self.device
+
+    def __dlpack__(self, **keywords):
+        if isinstance(self.capsule, BaseException):
+            raise self.capsule
+        return self.capsule
+
+
+def used_capsule():
+    x = torch.ones(M, K)
+    capsule = torch.utils.dlpack.to_dlpack(x)
+    torch.utils.dlpack.from_dlpack(capsule)
+    return capsule
+
+
+@pytest.mark.parametrize(
+    ("odd", "exception", "words"),
+    [
+        (lambda: Odd(None), BufferError, "x: expected a DLPack capsule of __dlpack__, got None"),
+        (lambda: Odd(used_capsule()), BufferError, "x: expected a DLPack capsule"),
+        (lambda: Odd(sys.modules["datetime"].datetime_CAPI), BufferError, "x: expected a DLPack capsule"),
+        (lambda: Odd(BufferError("no")), BufferError, "x: its DLPack export failed: no"),
+        (lambda: Odd(TypeError("no")), BufferError, "x: its DLPack export failed: no"),
+        (lambda: Odd(KeyboardInterrupt()), KeyboardInterrupt, None),
+        (
+            lambda: Odd(None, device=None),
+            BufferError,
+            "x: expected .type, id. of __dlpack_device__, got None",
+        ),
+        (lambda: Odd(None, device=("cpu", 0)), BufferError, "x: expected .type, id."),
+        (lambda: Odd(None, device=(10**30, 0)), BufferError, "x: expected .type, id."),
+    ],
+)
+def test_odd_producers_are_refused(odd, exception, words):
+    import datetime  # noqa: F401 - its capsule
+
+    with pytest.raises(exception, match=words):
+        call("linear", x=odd())
+
+
+# ---- overlap ----
+
+
+def test_an_output_may_not_overlap_an_input():
+    buffer = np.zeros(4000, np.float32)
+    x, out = buffer[: M * K].reshape(M, K), buffer[M * K - 1 :][: M * N].reshape(M, N)
+    with pytest.raises(BufferError, match="out: expected memory of its own, got some that overlaps x"):
+        call("linear", x=x, out=out)
+    with pytest.raises(BufferError, match="y: expected memory of its own, got some that overlaps x"):
+        call("linear_add", x=x, y=out)
+    with pytest.raises(BufferError, match="overlaps weight"):
+        call("linear", weight=buffer[: N * K].reshape(N, K), out=buffer[: M * N].reshape(M, N))
+    with pytest.raises(BufferError, match="overlaps bias"):
+        call("linear", bias=buffer[M * N - 1 :][:N], out=buffer[: M * N].reshape(M, N))
+    with pytest.raises(BufferError, match="overlaps product"):
+        call("linear", weight=None, product=buffer[: M * N].reshape(M, N), out=buffer[: M * N].reshape(M, N))
+    with pytest.raises(BufferError, match="overlaps dy"):
+        call("linear_transposed", dy=buffer[: M * N].reshape(M, N), out=buffer[: M * K].reshape(M, K))
+    with pytest.raises(BufferError, match="overlaps matrix"):
+        call("to_float32", matrix=x, out=x)
+
+
+def test_an_output_may_not_overlap_a_delta():
+    scale = ones(P, N)
+    delta = _C.Delta(aligned((P, S, L, 16), np.uint32), scale, None, (N, K))
+    with pytest.raises(BufferError, match="out: .* overlaps deltas"):
+        call("linear", out=scale, x=ones(P, K), deltas=[delta], tenant_ids=[0, 0])
+
+
+def test_outputs_of_extract_lie_apart():
+    both = np.zeros(P * N + P * K, np.float32)
+    scale, column = both[: P * N].reshape(P, N), both[P * N - 1 :][: P * K].reshape(P, K)
+    with pytest.raises(BufferError, match="column: .* overlaps scale"):
+        call("extract", scale=scale, column=column)
+    weight = aligned((N, K), np.float32)
+    with pytest.raises(BufferError, match="sign: .* overlaps base"):
+        big = aligned((P * S * L * 16 + N * K,), np.uint32)
+        call(
+            "extract",
+            sign=big[: P * S * L * 16].reshape(P, S, L, 16),
+            base=big[: N * K].view(np.float32).reshape(N, K),
+        )
+    with pytest.raises(BufferError, match="scale: .* overlaps finetuned"):
+        call("extract", finetuned=weight, scale=weight.reshape(-1)[: P * N].reshape(P, N))
+
+
+def test_slices_of_columns_of_one_array_do_not_overlap():
+    wide = ones(M, K + N)
+    call("linear", x=wide[:, :K], out=wide[:, K:])
+    wide = ones(M, K + N)
+    call("linear", x=wide[:, N:], out=wide[:, :N])
+    with pytest.raises(BufferError, match="overlaps x"):
+        call("linear", x=wide[:, :K], out=wide[:, K - 1 : K - 1 + N])
+
+
+def test_expand_works_in_place_and_on_nothing_between():
+    base, expected = values(N, K), ones(N, K)
+    delta = make_delta()
+    _C.expand(expected, base, delta, 0, N)
+    _C.expand(base, base, delta, 0, N)
+    assert (base == expected).all()
+    with pytest.raises(BufferError, match="out: .* overlaps base"):
+        _C.expand(base[:-1], base, delta, 0, N - 1)
+    buffer = np.zeros(N * K + 1, np.float32)
+    with pytest.raises(BufferError, match="out: .* overlaps base"):
+        _C.expand(buffer[1:].reshape(N, K), buffer[:-1].reshape(N, K), delta, 0, N)
+
+
+# ---- edges ----
+
+
+def test_no_rows_are_fine():
+    call("linear", x=ones(0, K), out=ones(0, N), tenant_ids=[])
+    call("linear_add", x=ones(0, K), y=ones(0, N), tenant_ids=np.zeros(0, np.int64))
+    call("linear_transposed", dy=ones(0, N), out=ones(0, K), tenant_ids=[])
+    call("expand", out=ones(0, K), row_begin=4, row_end=4)
+    call("to_float32", matrix=ones(0, K), out=ones(0, K))
+
+
+def test_no_deltas_leave_the_base_product():
+    out = ones(M, N)
+    call("linear", out=out, deltas=[], tenant_ids=[-1] * M, bias=None)
+    assert (out == K).all()
+    with pytest.raises(ValueError, match=r"tenant_ids: expected -1 \.\. -1, got 0 at row 0"):
+        call("linear", deltas=[], tenant_ids=[0, 0, 0])
+
+
+def test_no_base_product_leaves_the_delta_terms():
+    out = ones(M, N)
+    call("linear", out=out, weight=None, bias=None, tenant_ids=[0, 1, -1])
+    assert (out == np.array([[-2 * K], [-2 * K], [0]])).all()
+
+
+def test_tenant_ids_may_be_any_integers():
+    expected = ones(M, N)
+    call("linear", out=expected, tenant_ids=[1, 0, -1])
+    strided = np.array([1, 9, 0, 9, -1, 9])[::2]
+    for ids in (
+        (1, 0, -1), np.array([1, 0, -1], np.int32), strided, strided.astype(np.int32), torch.tensor([1, 0, -1]),
+        torch.tensor([1, 0, -1], dtype=torch.int32), memoryview(array.array("q", [1, 0, -1])), range(1, -2, -1),
+        [np.int64(1), np.int32(0), -1],
+    ):  # fmt: skip
+        out = ones(M, N)
+        call("linear", out=out, tenant_ids=ids)
+        assert (out == expected).all()
+
+
+def test_a_single_row_may_have_any_stride():
+    call(
+        "linear",
+        x=ones(1, 2 * K)[:, :K],
+        out=np.lib.stride_tricks.as_strided(ones(1, N), (1, N), (1, 4)),
+        tenant_ids=[0],
+    )
+
+
+def test_a_list_that_loses_its_deltas_meanwhile_does_no_harm():
+    deltas = [make_delta()]
+    x, out = np.ones((64, K), np.float32), ones(64, N)
+    stop = threading.Event()
+
+    def change():
+        while not stop.is_set():
+            deltas[:] = [make_delta()]
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    for _ in range(200):
+        _C.linear(out, x, None, None, None, deltas, [0] * 64, "fixed16")
+    stop.set()
+    thread.join()
+    assert (out == -2 * K).all()
+
+
+def test_delta_is_closed():
+    delta = make_delta()
+    assert (delta.planes, delta.shape) == (P, (N, K))
+    with pytest.raises(AttributeError):
+        delta.planes = 3
+    with pytest.raises(TypeError):
+        _C.Delta.planes = 3
+    with pytest.raises(TypeError):
+        type("Sub", (_C.Delta,), {})
+
+
+# ---- whatever else ----
+
+ANYTHING = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=5),
+    st.binary(max_size=100),
+    st.lists(st.integers(-2, 5), max_size=4),
+    st.sampled_from([make_delta(), make_delta(4, 300, 1, False), object(), np.ndarray, _C.Delta, _C.linear]),
+    st.builds(
+        lambda dtype, shape, step: np.zeros([size * abs(step) for size in shape], dtype)[
+            tuple(slice(None, None, step) for _ in shape)
+        ],
+        st.sampled_from(["f4", "f2", "f8", "i4", "i8", "u4", "u2", ">f4", "?", "c8", "U3", "O", "M8[s]"]),
+        st.lists(st.sampled_from([0, 1, 2, 3, 16, 20, 40]), max_size=4),
+        st.sampled_from([1, 1, 1, 2, -1]),
+    ),
+    st.builds(
+        lambda dtype, shape: torch.zeros(shape, dtype=dtype),
+        st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool]),
+        st.lists(st.sampled_from([0, 1, 2, 3, 20, 40]), max_size=3),
+    ),
+    st.builds(
+        lambda protocol, flags, changes: Producer(np.zeros((M, K), np.float32), protocol, flags, **changes),
+        st.sampled_from(["legacy", "versioned"]),
+        st.integers(0, 7),
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "dtype": st.tuples(st.integers(0, 20), st.integers(0, 255), st.integers(0, 3)),
+                "ndim": st.integers(-2, 2),
+                "data": st.none(),
+                "device": st.integers(-2, 20),
+                "version": st.tuples(st.integers(0, 2), st.integers(0, 9)),
+                "strides": st.lists(st.integers(-2, 0), min_size=2, max_size=2) | st.just("none"),
+            },
+        ),
+    ),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_no_wrong_argument_crashes(data):
+    function = data.draw(st.sampled_from(sorted(set(ARGUMENTS) - {"set_num_threads"})))
+    names = data.draw(st.lists(st.sampled_from(ARGUMENTS[function]), min_size=1, max_size=3))
+    changes = {name: data.draw(ANYTHING, label=name) for name in names}
+    try:
+        call(function, **changes)
+    except (TypeError, ValueError, BufferError, MemoryError, bitdelta.DeviceError) as error:
+        assert str(error)
