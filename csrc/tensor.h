@@ -17,7 +17,7 @@ extern "C" {
 
 #define TENSOR_INPUT 0
 #define TENSOR_OUTPUT 1 /* must be writable */
-#define TENSOR_KEEP 2   /* outlives the call: the memory itself is held, not only the object */
+#define TENSOR_KEEP 2   /* outlives the call: an owning export, not only a view */
 
 /* Owned by whoever acquired it; {0} is a valid empty tensor. */
 typedef struct {
