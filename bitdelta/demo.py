@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import Error
+from .table import table
 
 TASKS = {
     "code": "the source code of Python's standard library",
@@ -136,17 +137,19 @@ def run(
 
 def describe(report: dict[str, Any]) -> Iterator[str]:
     """The report as lines of text."""
-    yield f"base and fine-tunes: {report['models']} (training took {report['train_seconds']} s)"
-    yield f"base: {report['base_bytes']:,} bytes. Sizes are {report['unit']}."
+    yield f"a base and three fine-tunes of it, {report['base_bytes']:,} bytes each: {report['models']}"
+    yield f"sizes are {report['unit']}; perplexities are of held-out text, per token"
     for task, result in report["finetunes"].items():
         yield ""
-        yield f"{task}: fine-tuned on {result['text']}"
-        yield f"  {'':<10} {'bytes':>12} {'smaller':>7} {'perplexity':>11}  sample after {result['prompt']!r}"
+        columns = ("", ">bytes", ">smaller", ">perplexity", f"sample after {result['prompt']!r}")
+        rows = []
         for row in result["rows"]:
             size = "" if row["bytes"] is None else f"{row['bytes']:,}"
             factor = f"{row['factor']:.1f}x" if "factor" in row else ""
-            sample = row["sample"][:72]
-            yield f"  {row['model']:<10} {size:>12} {factor:>7} {row['perplexity']:>11.3f}  {sample!r}"
+            rows.append([row["model"], size, factor, f"{row['perplexity']:.2f}", repr(row["sample"])[1:65]])
+        yield from table(columns, rows, f"{task}: fine-tuned on {result['text']}")
+    yield ""
+    yield f"the whole took {report['seconds']} s"
 
 
 def default_cache() -> Path:
@@ -342,7 +345,10 @@ def _measure(
             total += torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
             ).item()
-        sample = model.generate(**prompt, max_new_tokens=evaluation.sample_tokens, do_sample=False)
+        with _seeded(torch, 0):  # the most likely tokens alone would soon repeat themselves
+            sample = model.generate(
+                **prompt, max_new_tokens=evaluation.sample_tokens, do_sample=True, temperature=0.6, top_k=20
+            )
     new = sample[0, prompt["input_ids"].shape[1] :]
     return {
         "model": name,
