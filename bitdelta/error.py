@@ -2,13 +2,12 @@
 
     relative error = ||d - approximation|| / ||d||,   d = fp32(finetuned) - fp32(base), before any rounding of weights
 
-0 = exact, 1 = no better than the base alone. Sums are taken in fp64, 16 rows at a time.
+0 = exact, 1 = no better than the base alone. Sums are taken in fp64.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -16,37 +15,47 @@ from .array import aligned_empty, to_float32
 from .delta import Delta
 
 STRIP_ROWS = 16
+ELEMENTS = 1 << 20  # at a time: about 30 MB of scratch
+
+Sums = tuple[float, float]  # ||d - approximation||^2, ||d||^2
 
 
-def sample(shape: tuple[int, int]) -> list[int]:
-    """The strips that stand for a matrix in the packfile's relative_error: the middle one, as all would cost more
-    than the extraction itself."""
-    return [-(-shape[0] // STRIP_ROWS) // 2]
+def sampled_errors(base: np.ndarray, finetuned: np.ndarray, delta: Delta) -> Sums:
+    """Over up to 16 rows, evenly spaced: the packfile's relative_error, as all rows would cost more than extracting."""
+    n_rows, n_columns = delta.shape
+    rows = np.arange(min(STRIP_ROWS, n_rows)) * n_rows // min(STRIP_ROWS, n_rows)
+    sign = aligned_empty((delta.planes, 1, delta.sign.shape[2], STRIP_ROWS), np.uint32)
+    sign[...] = 0
+    for i, row in enumerate(rows):
+        sign[:, 0, :, i] = delta.sign[:, row // STRIP_ROWS, :, row % STRIP_ROWS]
+    part = Delta(sign, delta.scale[:, rows].copy(), delta.column, (len(rows), n_columns), delta.form)
+    return _sums(base[rows], finetuned[rows], part)
 
 
-def squared_errors(
-    base: np.ndarray, finetuned: np.ndarray, delta: Delta, strips: Iterable[int]
-) -> tuple[float, float]:
-    """(||d - approximation||^2, ||d||^2) over the rows of these strips."""
+def squared_errors(base: np.ndarray, finetuned: np.ndarray, delta: Delta) -> Sums:
+    """Over all rows, some strips of 16 at a time."""
     wrong = total = 0.0
-    for strip in strips:
-        rows = slice(STRIP_ROWS * strip, min(STRIP_ROWS * (strip + 1), delta.shape[0]))
-        d = to_float32(finetuned[rows]) - to_float32(base[rows])
-        left = d - rows_of(delta, strip, rows).expand(None)
-        wrong += float(np.square(left, dtype=np.float64).sum())
-        total += float(np.square(d, dtype=np.float64).sum())
+    step = max(1, ELEMENTS // (STRIP_ROWS * delta.shape[1]))
+    for begin in range(0, delta.sign.shape[1], step):
+        rows = slice(STRIP_ROWS * begin, min(STRIP_ROWS * (begin + step), delta.shape[0]))
+        signs = delta.sign[:, begin : begin + step]
+        sign = aligned_empty(signs.shape, np.uint32)
+        sign[...] = signs
+        scale = np.ascontiguousarray(delta.scale[:, rows])
+        part = Delta(sign, scale, delta.column, (scale.shape[1], delta.shape[1]), delta.form)
+        sums = _sums(base[rows], finetuned[rows], part)
+        wrong, total = wrong + sums[0], total + sums[1]
     return wrong, total
 
 
-def relative(wrong: float, total: float) -> float:
-    """The relative error from the two sums; 0 where nothing changed and nothing is added."""
-    return math.sqrt(wrong / total) if total else math.inf if wrong else 0.0
+def relative(sums: Sums) -> float | None:
+    """The relative error from the sums; None where nothing changed and yet something is added."""
+    wrong, total = sums
+    return math.sqrt(wrong / total) if total else None if wrong else 0.0
 
 
-def rows_of(delta: Delta, strip: int, rows: slice) -> Delta:
-    """The delta of the rows of one strip."""
-    planes, _, lines, _ = delta.sign.shape
-    sign = aligned_empty((planes, 1, lines, STRIP_ROWS), np.uint32)
-    sign[:, 0] = delta.sign[:, strip]
-    scale = np.ascontiguousarray(delta.scale[:, rows])
-    return Delta(sign, scale, delta.column, (scale.shape[1], delta.shape[1]), delta.form)
+def _sums(base: np.ndarray, finetuned: np.ndarray, delta: Delta) -> Sums:
+    d = to_float32(finetuned) - to_float32(base)
+    total = float(np.square(d, dtype=np.float64).sum())
+    d -= delta.expand(None)
+    return float(np.square(d, dtype=np.float64).sum()), total

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,7 +136,15 @@ class PackfileWriter:
             if told is not error:
                 raise told from error
 
-    def add(self, name: str, value: Value, *, rows: np.ndarray | None = None, **about: Any) -> dict[str, Any]:
+    def add(
+        self,
+        name: str,
+        value: Value,
+        *,
+        rows: np.ndarray | None = None,
+        done: Callable[[], None] | None = None,
+        **about: Any,
+    ) -> dict[str, Any]:
         """Writes one tensor.
 
         Args:
@@ -144,6 +152,7 @@ class PackfileWriter:
             value: Delta, a sequence of Deltas (a stack of matrices), an array (stored whole), or None (the same as
                 the base's).
             rows: [A, K], the fine-tune's rows below those of the Delta.
+            done: called in the writer's thread when the tensor is written.
             about: what else the entry says: dtype (of the fine-tune; default the base's or the array's), shape,
                 base_crc32c, relative_error; tied_to, which makes the tensor tied (value None).
 
@@ -160,12 +169,19 @@ class PackfileWriter:
         keys = keys_of(name, entry)
         data = [bytes_of(key, spec, array) for (key, spec), array in zip(keys.items(), arrays, strict=True)]
         self.entries[name] = entry
-        self._pending.append(self._thread.submit(self._write, name, entry, keys, data))
+        self._pending.append(self._thread.submit(self._write, name, entry, keys, data, done))
         while len(self._pending) > MAX_PENDING:
             self._pending.popleft().result()
         return entry
 
-    def _write(self, name: str, entry: dict[str, Any], keys: dict[str, Spec], data: list[memoryview]) -> None:
+    def _write(
+        self,
+        name: str,
+        entry: dict[str, Any],
+        keys: dict[str, Spec],
+        data: list[memoryview],
+        done: Callable[[], None] | None,
+    ) -> None:
         """Runs in the writer's thread, one tensor after the other."""
         digest = hashlib.sha256()
         shard = self._shard(sum(map(spec_bytes, keys.values())))
@@ -175,6 +191,8 @@ class PackfileWriter:
         if keys:
             entry["sha256"] = digest.hexdigest()
         self._log({"name": name, "shard": len(self._shards), "entry": entry})
+        if done is not None:
+            done()
 
     def _shard(self, size: int) -> Shard:
         if self._shards and self._shards[-1].size + size <= self._max:

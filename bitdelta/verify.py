@@ -19,7 +19,7 @@ import numpy as np
 from . import _C
 from .checkpoint import Checkpoint, open_checkpoint
 from .delta import Delta
-from .error import relative, sample, squared_errors
+from .error import Sums, relative, sampled_errors, squared_errors
 from .errors import FormatError
 from .hub import resolve
 from .packfile import CONFIG, PACKED, Packfile, keys_of, load
@@ -125,11 +125,13 @@ def _check_finetuned(
             )
         elif entry["form"] in PACKED:
             sums, sampled = _errors(packfile, base, name, tensor.array())
-            errors[name] = relative(*sums)
+            errors[name] = relative(sums) or 0.0
             wrong, total = wrong + sums[0], total + sums[1]
             known = entry.get("relative_error")
-            if known is not None and not math.isclose(sampled, known, rel_tol=SAME_ERROR, abs_tol=1e-4):
-                reasons.append(f"{name}: relative error {sampled:.6f}, {known:.6f} when it was made")
+            if known is not None and not math.isclose(
+                sampled or 0.0, known, rel_tol=SAME_ERROR, abs_tol=1e-4
+            ):
+                reasons.append(f"{name}: relative error {sampled or 0:.6f}, {known:.6f} when it was made")
             rows = packfile.rows(name)
             if rows is not None and not _equal(rows, tensor.array()[-rows.shape[0] :]):
                 reasons.append(f"{name}: its added rows are not the fine-tune's")
@@ -141,26 +143,23 @@ def _check_finetuned(
     worst = max(errors, key=lambda name: errors[name], default=None)
     return {
         "finetuned": str(target.root),
-        "relative_error": relative(wrong, total) if errors else None,
+        "relative_error": relative((wrong, total)) if errors else None,
         "largest_error": None if worst is None else f"{worst} {errors[worst]:.4f}",
         "errors": errors,
     }
 
 
-def _errors(
-    packfile: Packfile, base: Checkpoint, name: str, after: np.ndarray
-) -> tuple[tuple[float, float], float]:
+def _errors(packfile: Packfile, base: Checkpoint, name: str, after: np.ndarray) -> tuple[Sums, float | None]:
     """The two sums over all rows, and the relative error of the sample that compress takes."""
     value, before = packfile[name], base[name].array()
     deltas = [value] if isinstance(value, Delta) else list(value or ())
     pairs = [(before, after)] if isinstance(value, Delta) else list(zip(before, after, strict=True))
     sums, sampled = np.zeros(2), np.zeros(2)
     for i, (delta, (b, f)) in enumerate(zip(deltas, pairs, strict=True)):
-        strips = delta.sign.shape[1]
-        sums += squared_errors(b, f, delta, range(strips))
+        sums += squared_errors(b, f, delta)
         if i in (0, len(deltas) - 1):
-            sampled += squared_errors(b, f, delta, sample(delta.shape))
-    return (float(sums[0]), float(sums[1])), relative(float(sampled[0]), float(sampled[1]))
+            sampled += sampled_errors(b, f, delta)
+    return (float(sums[0]), float(sums[1])), relative((float(sampled[0]), float(sampled[1])))
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:

@@ -332,14 +332,23 @@ def test_a_dry_run_estimates_what_the_run_then_takes(tmp_path, rng):
     assert guess["parameters"] == report["parameters"]
 
 
-def test_the_reported_error_is_that_of_the_planes(tmp_path, matrices):
-    report, packfile = run(tmp_path, *matrices)
+def test_the_reported_error_is_that_of_the_planes_on_sixteen_rows(tmp_path, matrices):
+    report, packfile = run(tmp_path, *matrices, planes=2)
     before, after = to_float32(matrices[0][MATRIX]), to_float32(matrices[1][MATRIX])
-    d = (after - before)[16:32]  # the middle strip of 40 rows
-    left = d - reference.expand(None, packfile[MATRIX])[16:32]
-    expected = np.linalg.norm(left.astype(np.float64)) / np.linalg.norm(d.astype(np.float64))
+    rows = [i * 40 // 16 for i in range(16)]
+    d = (after - before)[rows].astype(np.float64)
+    left = d - reference.expand(None, packfile[MATRIX])[rows]
+    expected = np.linalg.norm(left) / np.linalg.norm(d)
     assert packfile.entries[MATRIX]["relative_error"] == pytest.approx(expected, abs=1e-6)
     assert report["relative_error"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_sample_in_which_nothing_changed_has_no_error_to_report(tmp_path, rng):
+    before = {MATRIX: weights(rng, (40, 300))}
+    after = {MATRIX: before[MATRIX].copy()}
+    after[MATRIX].view(np.uint16)[1] ^= 1  # a row that is not in the sample
+    report, packfile = run(tmp_path, before, after, scale="tensor")
+    assert "relative_error" not in packfile.entries[MATRIX] and report["relative_error"] is None
 
 
 def test_the_card_names_base_size_and_use(tmp_path, matrices):
