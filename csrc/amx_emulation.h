@@ -8,6 +8,11 @@
 #include <stdint.h>
 #include <string.h>
 
+#if !defined(BD_AMX_EMULATED)
+#define BD_AMX_EMULATED
+#endif
+#include "amx.h" /* bd_tile_config */
+
 #if !defined(TILES_PERMITTED)
 #define TILES_PERMITTED() 1
 #endif
