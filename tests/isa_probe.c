@@ -1,7 +1,9 @@
 /* isa_probe.c - what test_isa.py cannot see from Python: the tables' entries, the faults of the
- * emulations, and what the AMX file does where the system refuses tiles. One word says which. */
+ * emulations, what the AMX file does where the system refuses tiles, and other machines' products on an
+ * emulator. One word says which. */
 #include "kernels.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -38,8 +40,7 @@ tables(void)
     return bd_select_kernels("sse9") == NULL ? 0 : 1;
 }
 
-/* 40 rows of 1280 columns with 3 strips, by the second product of a table. */
-enum { ROWS = 40, LINES = 40, STRIPS = 3 };
+enum { MAX_ROWS = 40, LINES = 40, STRIPS = 3 };
 
 static void
 fill_random(void *data, size_t n, uint32_t seed)
@@ -50,34 +51,93 @@ fill_random(void *data, size_t n, uint32_t seed)
     }
 }
 
-static void
-multiply(int32_t *z)
+static void *
+allocate(int64_t bytes)
 {
-    bd_kernels table;
-    memset(&table, 0, sizeof table);
-    bd_fill_avx512_linear_emulated(&table);
-    fill_amx_here(&table);
-    const bd_product *product = &table.products[1];
-    uint32_t *sign = aligned_alloc(64, STRIPS * LINES * 64);
-    int16_t *q = malloc(ROWS * LINES * 64);
-    const int64_t bytes = product->prepared_bytes(LINES, ROWS);
-    const int64_t scratch_bytes = product->scratch_bytes(STRIPS, LINES, ROWS);
-    void *prepared = aligned_alloc(64, (size_t)(bytes + 63) / 64 * 64);
-    void *scratch = aligned_alloc(64, (size_t)(scratch_bytes + 63) / 64 * 64);
+    return aligned_alloc(64, (size_t)(bytes / 64 + 1) * 64);
+}
+
+/* n_rows rows of 1280 columns with 3 strips. */
+static void
+multiply(const bd_product *product, int64_t n_rows, int32_t *z)
+{
+    uint32_t *sign = allocate(STRIPS * LINES * 64);
+    int16_t *q = allocate(n_rows * LINES * 64);
+    void *prepared = allocate(product->prepared_bytes(LINES, n_rows));
+    void *scratch = allocate(product->scratch_bytes(STRIPS, LINES, n_rows));
     fill_random(sign, STRIPS * LINES * 64, 1);
-    fill_random(q, ROWS * LINES * 64, 2);
-    product->prepare(q, LINES * 32, LINES, ROWS, prepared);
-    product->product(sign, LINES * 16, STRIPS, LINES, prepared, ROWS, z, STRIPS * 16, scratch);
+    fill_random(q, (size_t)n_rows * LINES * 64, 2);
+    product->prepare(q, LINES * 32, LINES, n_rows, prepared);
+    product->product(sign, LINES * 16, STRIPS, LINES, prepared, n_rows, z, STRIPS * 16, scratch);
     free(sign), free(q), free(prepared), free(scratch);
+}
+
+/* Every product of every set against the generic one. */
+static int
+products(void)
+{
+    static int32_t expected[MAX_ROWS * STRIPS * 16], z[MAX_ROWS * STRIPS * 16];
+    int n_wrong = 0;
+    for (int64_t n_rows = 1; n_rows <= MAX_ROWS; n_rows += n_rows / 2 + 1) {
+        multiply(&bd_select_kernels("generic")->products[0], n_rows, expected);
+        for (const char *const *name = bd_available_isas(); *name != NULL; name++) {
+            const bd_product *product = bd_select_kernels(*name)->products;
+            for (; product->name != NULL; product++) {
+                if (n_rows <= product->max_rows) {
+                    multiply(product, n_rows, z);
+                    n_wrong += memcmp(z, expected, (size_t)n_rows * STRIPS * 64) != 0;
+                }
+            }
+        }
+    }
+    return n_wrong != 0;
+}
+
+/* Base products of every set are near the generic ones, and a row's bits its own. */
+static int
+streams(void)
+{
+    enum { K = 45, N = 5, M = 6, STRIDE = 48 };
+    static _Alignas(64) float x[M * STRIDE], weight[N * K], expected[M * N], out[M * N], own[N];
+    uint16_t half[N * K];
+    for (int i = 0; i < M * STRIDE; i++) {
+        x[i] = (float)(i * 37 % 101) / 50.0f - 1.0f;
+    }
+    for (int i = 0; i < N * K; i++) {
+        weight[i] = (float)(i * 53 % 97) / 48.0f - 1.0f;
+        half[i] = (uint16_t)(0x3800 + i * 89 % 512);
+    }
+    int n_wrong = 0;
+    for (const char *const *name = bd_available_isas(); *name != NULL; name++) {
+        const bd_kernels *table = bd_select_kernels(*name);
+        for (int d = 0; d < 3; d++) {
+            const void *w = d == BD_F32 ? (void *)weight : half;
+            bd_select_kernels("generic")->stream_rows(x, STRIDE, M, w, (bd_dtype)d, K, N, K,
+                                                      expected, N);
+            table->stream_rows(x, STRIDE, M, w, (bd_dtype)d, K, N, K, out, N);
+            for (int i = 0; i < M * N; i++) {
+                n_wrong += fabsf(out[i] - expected[i]) > 1e-4f;
+            }
+            for (int m = 0; m < M; m++) {
+                table->stream_rows(x + m * STRIDE, STRIDE, 1, w, (bd_dtype)d, K, N, K, own, N);
+                n_wrong += memcmp(own, out + m * N, sizeof own) != 0;
+            }
+        }
+    }
+    return n_wrong != 0;
 }
 
 static int
 refused(void)
 {
-    static int32_t with[ROWS * STRIPS * 16], without[ROWS * STRIPS * 16];
-    multiply(with);
+    static int32_t with[MAX_ROWS * STRIPS * 16], without[MAX_ROWS * STRIPS * 16];
+    bd_kernels table;
+    memset(&table, 0, sizeof table);
+    bd_fill_avx512_linear_emulated(&table);
+    fill_amx_here(&table);
+    multiply(&table.products[1], MAX_ROWS, with);
     tiles_permitted = 0;
-    multiply(without);
+    multiply(&table.products[1], MAX_ROWS, without);
     return memcmp(with, without, sizeof with) != 0;
 }
 
@@ -172,6 +232,12 @@ main(int argc, char **argv)
     const char *what = argc > 1 ? argv[1] : "", *how = argc > 2 ? argv[2] : "";
     if (strcmp(what, "tables") == 0) {
         return tables();
+    }
+    if (strcmp(what, "products") == 0) {
+        return products();
+    }
+    if (strcmp(what, "streams") == 0) {
+        return streams();
     }
     if (strcmp(what, "refused") == 0) {
         return refused();

@@ -200,22 +200,25 @@ def test_base_products_of_every_set_are_near_the_generic_ones(rng, compare, m, d
 # ---- what only C sees --------------------------------------------------------------------------------------------
 
 
+def build_probe(folder, compiler, *flags):
+    border = ("module", "py_", "tensor")
+    sources = [path for path in sorted((ROOT / "csrc").glob("*.c")) if not path.name.startswith(border)]
+    command = [compiler, "-std=c11", "-O0", "-I", ROOT / "csrc", *flags, "-o", folder / "probe"]
+    command += [ROOT / "tests" / "isa_probe.c", *sources, "-pthread", "-lm"]
+    # Without the sanitizers' library, which neither the compiler nor a trap gets on with.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    subprocess.run(command, check=True, env=environment)
+    return folder / "probe", environment
+
+
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory):
     """Runs isa_probe.c."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         pytest.skip("no C compiler, which this test needs to build tests/isa_probe.c")
-    program = tmp_path_factory.mktemp("isa") / "probe"
-    border = ("module", "py_", "tensor")
-    sources = [str(path) for path in sorted((ROOT / "csrc").glob("*.c")) if not path.name.startswith(border)]
-    flags = ["-std=c11", "-O0", "-I", str(ROOT / "csrc")]
-    if platform.machine() == "x86_64":
-        flags.append("-march=x86-64-v2")
-    command = [compiler, *flags, "-o", program, ROOT / "tests" / "isa_probe.c", *sources, "-pthread", "-lm"]
-    # Without the sanitizers' library, which neither the compiler nor a trap gets on with.
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    subprocess.run(command, check=True, env=environment)
+    flags = ["-march=x86-64-v2"] if platform.machine() == "x86_64" else []
+    program, environment = build_probe(tmp_path_factory.mktemp("isa"), compiler, *flags)
     return lambda *words: subprocess.run(
         [program, *words], env=environment, capture_output=True, text=True, check=False
     )
@@ -266,3 +269,21 @@ def test_emulated_registers_trap_when_loaded_unaligned(probe, how):
     assert probe("registers", how).returncode in (
         [0] if how == "right" else [-signal.SIGILL, -signal.SIGTRAP]
     )
+
+
+@pytest.mark.parametrize("what", ["products", "streams"])
+def test_every_table_multiplies_like_the_generic_one(probe, what):
+    assert probe(what).returncode == 0
+
+
+def test_arm64_multiplies_like_its_generic_table(tmp_path):
+    compiler, emulator = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip("no aarch64-linux-gnu-gcc or no qemu-aarch64, on which arm64 runs here")
+    program, environment = build_probe(tmp_path, compiler, "-static")
+    for what in ("tables", "products", "streams"):
+        done = subprocess.run(
+            [emulator, program, what], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, what
+        assert what != "tables" or done.stdout.startswith("neon lut")
