@@ -85,7 +85,7 @@ def cases(draw):
         case "tiny":
             x[row] = np.ldexp(x[row], -130)
         case "huge":
-            x[row] *= F32(2**126 / np.abs(x[row]).max())
+            x[row] = x[row] * (2.0**127 / np.abs(x[row]).max().astype(float))
         case "even":
             x[row] = np.sign(x[row]) * F32(0.99999)
         case "nan":
