@@ -24,7 +24,7 @@ class PendingFolder:
     def __init__(self, target: str | os.PathLike[str]) -> None:
         """Raises FileExistsError (the target exists), bitdelta.Error (another process writes it), OSError."""
         self.target = Path(os.path.abspath(target))
-        self.path = self.target.with_name(f".{self.target.name}.partial")
+        self.path = _partial(self.target)
         refuse_existing(self.target)
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self._lock = self._acquire()
@@ -103,11 +103,18 @@ def refuse_inside(path: str | os.PathLike[str], *roots: Path) -> None:
 
 
 def refuse_full(path: str | os.PathLike[str], needed: int) -> None:
-    """Raises OSError when the file system of `path` has less than `needed` bytes free."""
+    """Raises OSError when the file system of `path` has less than `needed` bytes for it.
+
+    What a dead writer holds in the partial folder counts as free: it will be taken over or removed.
+    """
     folder = Path(os.path.abspath(path))
+    partial = _partial(folder)
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    held = (
+        sum(entry.stat().st_blocks for entry in partial.rglob("*")) * 512
+    )  # st_blocks is in units of 512 bytes
+    free = shutil.disk_usage(folder).free + held
     if free < needed:
         raise OSError(errno.ENOSPC, f"{path}: needs {needed:,} bytes, {folder} has {free:,} free")
 
@@ -118,11 +125,25 @@ def write_all(descriptor: int, data: memoryview) -> None:
         data = data[os.write(descriptor, data) :]
 
 
+def reserve(descriptor: int, size: int) -> None:
+    """Asks for the disk space of a file's first `size` bytes: twice as fast to fill, and a full disk shows early."""
+    if size > 0 and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV):
+                raise  # those: a file system that cannot
+
+
 def full_disk(error: OSError, target: Path) -> OSError:
     """The same error, saying what could not be written; a write knows only its descriptor."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
         return OSError(error.errno, f"{os.strerror(error.errno)}; nothing was written", str(target))
     return error
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -12,7 +12,7 @@ Only names, shapes and dtypes are looked at. Which tensors are the same as the b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -181,15 +181,14 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
 
 def _vocabulary_sizes(config: dict[str, Any]) -> set[int]:
     """Every vocab_size of the config, those of nested configs included."""
-
-    def walk(part: dict[str, Any]) -> Iterator[int]:
-        for key, value in part.items():
+    found, parts = set(), [config]
+    while parts:
+        for key, value in parts.pop().items():
             if key == "vocab_size" and isinstance(value, int):
-                yield value
+                found.add(value)
             elif isinstance(value, dict):
-                yield from walk(value)
-
-    return set(walk(config))
+                parts.append(value)
+    return found
 
 
 def _entry(tensor: Tensor, **about: Any) -> dict[str, Any]:

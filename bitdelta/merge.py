@@ -23,7 +23,7 @@ from .array import as_bfloat16
 from .checkpoint import Checkpoint, open_checkpoint
 from .delta import Delta
 from .errors import BaseMismatchError
-from .folder import PendingFolder, full_disk, refuse_existing, refuse_full, refuse_inside, write_all
+from .folder import PendingFolder, full_disk, refuse_existing, refuse_full, refuse_inside, reserve, write_all
 from .packfile import Packfile, load
 from .tensor import DTYPES
 
@@ -100,7 +100,9 @@ def _write(folder: Path, packfile: Packfile, base: Checkpoint, shards: list[list
     with bar:
         for file, shard in zip(names, shards, strict=True):
             with open(folder / file, "wb", buffering=0) as out:
-                write_all(out.fileno(), memoryview(_header(packfile, shard)))
+                header = _header(packfile, shard)
+                reserve(out.fileno(), len(header) + sum(_nbytes(packfile.entries[name]) for name in shard))
+                write_all(out.fileno(), memoryview(header))
                 for name in shard:
                     for data in tensor_bytes(packfile, base, name, buffer):
                         write_all(out.fileno(), data)

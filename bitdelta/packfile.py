@@ -344,8 +344,8 @@ def _check_entry(name: str, entry: Any, path: Path) -> None:
     if form in (*PACKED, "whole") and not _is_hex(entry.get("sha256")):
         refuse("sha256", "64 hexadecimal digits")
     error = entry.get("relative_error")
-    if error is not None and type(error) not in (int, float):
-        refuse("relative_error", "a number")
+    if error is not None and not (type(error) in (int, float) and 0 <= error < math.inf):
+        refuse("relative_error", "a number from 0")
 
 
 def _is_count(value: Any) -> bool:

@@ -9,14 +9,13 @@ padded with spaces. So the signs, nearly all bytes, are written once, and every 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import struct
 from pathlib import Path
 from typing import Any
 
-from .folder import write_all
+from .folder import reserve, write_all
 from .packfile import FORMAT_VERSION, Spec, spec_bytes
 from .tensor import DTYPES
 
@@ -41,13 +40,8 @@ class Shard:
         return self.signs_bytes + self.rest_bytes
 
     def reserve(self, size: int) -> None:
-        """Asks for the disk space of so many bytes at once: twice as fast to fill, and full disks show early."""
-        if size > 0 and hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(self.signs, 0, self.start + size)
-            except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
-                    raise  # those: a file system that cannot
+        """Disk space for so many bytes of this shard."""
+        reserve(self.signs, self.start + size if size > 0 else 0)
 
     def append(self, key: str, spec: Spec, data: memoryview) -> None:
         write_all(self.signs if _is_sign(key, spec) else self.rest, data)

@@ -263,6 +263,48 @@ def test_too_little_space_is_said_before_anything_is_computed(tmp_path, pair, mo
     assert caught.value.errno == errno.ENOSPC
 
 
+def test_what_a_dead_writer_holds_counts_as_free(tmp_path, pair, clean, monkeypatch):
+    from bitdelta import folder
+
+    partial = half_done(tmp_path, pair, tmp_path / "delta")
+    held = sum(path.stat().st_blocks for path in partial.iterdir()) * 512
+    assert held > 10_000
+    usage = type("Usage", (), {"free": 4000})
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: usage)
+    compress(*pair, tmp_path / "delta")
+    assert contents(tmp_path / "delta") == clean
+
+
+DIES = """
+import os, sys
+from bitdelta.checkpoint import open_checkpoint
+from bitdelta.packfile_writer import PackfileWriter
+base = open_checkpoint(sys.argv[1])
+with PackfileWriter(sys.argv[2], base, key="k", max_shard_bytes=40_000) as writer:
+    print(len(writer.entries))
+    for name in list(base)[len(writer.entries) :]:
+        writer.add(name, base[name].array())
+        if len(writer.entries) == int(sys.argv[3]):
+            while writer._pending:
+                writer._pending.popleft().result()
+            os._exit(9)
+"""
+
+
+def test_shards_are_taken_over_too(tmp_path, pair):
+    def dies(out, count):
+        command = [sys.executable, "-c", DIES, str(pair[0]), str(tmp_path / out), str(count)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=120)
+        return done.returncode, done.stdout.strip()
+
+    assert dies("clean", 0) == (0, "0")
+    assert len(list((tmp_path / "clean").glob("delta_model-*.safetensors"))) > 2
+    for count in (2, 3, 7):
+        dies("delta", count)
+    assert dies("delta", 0) == (0, "7")
+    assert contents(tmp_path / "delta") == contents(tmp_path / "clean")
+
+
 def test_a_file_size_limit_is_a_clear_error(tmp_path, pair):
     script = KILLED.replace(
         "calls = 0", "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\ncalls = 0"

@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +230,7 @@ WRONG = {
     "hash": (entry_edit(sha256="x"), "sha256: expected 64"),
     "fingerprint": (lambda c: c["tensors"]["same.weight"].pop("fingerprint"), "fingerprint: expected 64"),
     "crc": (entry_edit(base_crc32c=1 << 32), "base_crc32c"),
+    "error nan": (entry_edit(relative_error=-1), "relative_error"),
     "error": (entry_edit(relative_error="small"), "relative_error"),
     "tied to nothing": (lambda c: c["tensors"]["tied.weight"].update(tied_to="zz"), "tied_to"),
     "tied to a list": (lambda c: c["tensors"]["tied.weight"].update(tied_to=["a"]), "tied_to"),
@@ -346,6 +348,35 @@ def base(tmp_path, rng):
     return tensors, open_checkpoint(write_checkpoint(tmp_path / "base", tensors))
 
 
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    n=st.integers(1, 70),
+    k=st.integers(1, 600),
+    planes=st.integers(1, 8),
+    scale=st.sampled_from(["tensor", "row", "rank1"]),
+    stack=st.integers(0, 2),
+    seed=st.integers(0, 99),
+)
+def test_what_is_written_is_read(tmp_path, n, k, planes, scale, stack, seed):
+    shape = (stack, n, k) if stack else (n, k)
+    rng = np.random.default_rng(seed)
+    tensors = {"a": weights(rng, shape, "float32"), "b": weights(rng, (n,))}
+    root = Path(tempfile.mkdtemp(dir=tmp_path))
+    checkpoint = open_checkpoint(write_checkpoint(root / "base", tensors))
+    pairs = [(w, changed(rng, w, "float32")) for w in (tensors["a"] if stack else [tensors["a"]])]
+    made = [reference.extract(before, after, planes, scale) for before, after in pairs]
+    with PackfileWriter(root / "delta", checkpoint) as writer:
+        writer.add("b", tensors["b"])
+        writer.add("a", made if stack else made[0])
+    packfile = load(root / "delta")
+    found = packfile["a"] if stack else (packfile["a"],)
+    assert same_bits(packfile["b"], tensors["b"]) and len(found) == len(made)
+    for a, b in zip(found, made, strict=True):
+        assert (a.shape, a.form, a.planes) == (b.shape, b.form, b.planes)
+        assert same_bits(a.sign, b.sign) and same_bits(a.scale, b.scale)
+        assert a.column is None or same_bits(a.column, b.column)
+
+
 def test_a_large_delta_is_split_and_read_as_one(tmp_path, rng, base):
     tensors, checkpoint = base
     made = {}
@@ -413,8 +444,6 @@ def test_a_name_of_any_characters_survives(tmp_path, rng):
 
 
 if __name__ == "__main__":
-    import tempfile
-
     if GOLDEN.exists():
         shutil.rmtree(GOLDEN)
     with tempfile.TemporaryDirectory() as scratch:
