@@ -183,3 +183,46 @@ def test_two_planes_are_nearer_to_the_fine_tune_than_one_and_one_than_the_base(l
         merge(llamas / "base", tmp_path / f"d{planes}", tmp_path / f"m{planes}")
         errors.append((logits(tmp_path / f"m{planes}") - target).square().mean())
     assert errors == sorted(errors, reverse=True)
+
+
+def tiny(kind):
+    """gpt-oss stores its experts as stacks of matrices; GPT-2 its weights transposed, its head tied."""
+    import transformers
+
+    if kind == "gpt-oss":
+        config = transformers.GptOssConfig(
+            vocab_size=96,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            head_dim=16,
+        )
+        return transformers.GptOssForCausalLM(config)
+    config = transformers.GPT2Config(
+        vocab_size=96, n_embd=64, n_layer=1, n_head=4, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize("kind", ["gpt-oss", "gpt2"])
+def test_other_architectures_come_back_complete(tmp_path, kind):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = tiny(kind).bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape).to(parameter.dtype)
+    model.save_pretrained(tmp_path / "finetuned")
+    report = compress(tmp_path / "base", tmp_path / "finetuned", tmp_path / "delta", planes=3)
+    stacks = [e for e in load(tmp_path / "delta").entries.values() if "planes" in e and len(e["shape"]) == 3]
+    assert len(stacks) == (2 if kind == "gpt-oss" else 0) and report["forms"]["row"]["share"] > 0.9
+    merge(tmp_path / "base", tmp_path / "delta", tmp_path / "merged")
+    merged, loading = type(model).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(loading.values())
+    for (name, found), wanted in zip(merged.named_parameters(), model.parameters(), strict=True):
+        assert (found.float() - wanted.float()).norm() < 0.005 * wanted.numel() ** 0.5, name
