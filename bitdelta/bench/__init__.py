@@ -40,8 +40,6 @@ def run(suite: str = "cpu", quick: bool = False, log: Callable[[str], None] = pr
     """
     start = time.perf_counter()
     report: dict[str, Any] = {"suite": suite, "quick": quick, "machine": machine.describe()}
-    for line in machine.lines(report["machine"]):
-        log(line)
     rows: list[dict[str, Any]] = []
     if suite == "cpu":
         report["checks"] = check.kernels(log)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -133,8 +134,7 @@ def _compress(root: Path) -> tuple[float, int]:
     """Runs the command: its seconds, start and exit included, and its peak of anonymous bytes (0: unknown)."""
     out = root / "delta"
     if out.exists():
-        out.rename(root / "old")
-        _remove(root / "old")
+        shutil.rmtree(out)
     program = "import sys; from bitdelta.cli import main; sys.exit(main())"
     arguments = ["compress", str(root / "base"), str(root / "finetuned"), "--out", str(out), "--json"]
     start, peak = time.perf_counter(), 0
@@ -154,19 +154,13 @@ def _compress(root: Path) -> tuple[float, int]:
     return seconds, peak
 
 
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder)
-
-
 def _anonymous_bytes(pid: int) -> int:
-    """Resident memory that is not the page cache's."""
+    """Resident memory that is not of files: those pages are the page cache's."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
 
 
 def _load(folder: Path) -> list[dict[str, Any]]:

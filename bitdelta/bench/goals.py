@@ -84,7 +84,7 @@ def not_measured(rows: list[dict[str, Any]], facts: dict[str, Any]) -> list[str]
     if "amx" not in seen:
         lines.append("4 and 16 rows of one tenant, AMX (goal 1/6): not measured here (no AMX)")
         lines.append("64 rows of one tenant, AMX (goal 1/2): not measured here (no AMX)")
-    if facts.get("torch") is None and "maps" not in seen:
+    if facts.get("torch") is None:
         lines.append("the dense products of PyTorch: not measured here (PyTorch is not installed)")
     kinds = {row["kind"] for row in rows}
     lines += [
