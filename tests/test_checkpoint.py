@@ -652,7 +652,8 @@ def test_config_and_tokenizer_travel_and_nothing_else(folder):
               "LICENSE.txt"]  # fmt: skip
     stay = ["README.md", ".gitattributes", ".git/config", "optimizer.pt", "trainer_state.json", "training_args.bin",
             "rng_state.pth", "runs/events", "all_results.json", "adapter_config.json", "delta_config.json", ".env",
-            "train.py", "setup.py", "tokenizer.safetensors", "tokenizer/tokenizer.json", "checkpoint-5/config.json", "model.safetensors.index.json.lock"]  # fmt: skip
+            "train.py", "setup.py", "tokenizer.safetensors", "tokenizer/tokenizer.json", "checkpoint-5/config.json",
+            "model.safetensors.index.json.lock"]  # fmt: skip
     for name in travel + stay:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")

@@ -127,7 +127,7 @@ for _ in range(300):
     _C.set_num_threads(4); call('linear'); _C.set_num_threads(1); call('linear')
 stays(kilobytes() - start)
 with open('/proc/self/status') as status:
-    assert 'Threads:\\t1\\n' in status.read() 
+    assert 'Threads:\\t1\\n' in status.read()
 """,
 }
 
