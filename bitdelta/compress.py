@@ -22,10 +22,10 @@ import numpy as np
 from . import _C, threads
 from .checkpoint import Checkpoint, open_checkpoint
 from .delta import FORMS, Delta, extract_with_checksum
-from .error import Sums, relative, sampled_errors
 from .folder import refuse_existing, refuse_full, refuse_inside
 from .forms import Plan, parameters, plan_tensors, stored_bytes
 from .packfile_writer import PackfileWriter
+from .residual import Sums, relative, sampled_errors
 from .tensor import Tensor
 
 CONFIG_BYTES_PER_TENSOR = 500  # of delta_config.json, about

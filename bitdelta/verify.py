@@ -19,10 +19,10 @@ import numpy as np
 from . import _C
 from .checkpoint import Checkpoint, open_checkpoint
 from .delta import Delta
-from .error import Sums, relative, sampled_errors, squared_errors
 from .errors import FormatError
 from .hub import resolve
 from .packfile import CONFIG, PACKED, Packfile, keys_of, load
+from .residual import Sums, relative, sampled_errors, squared_errors
 
 SAME_ERROR = 0.01  # relative: the sample's error repeats to rounding, another fine-tune's differs
 

@@ -351,6 +351,16 @@ def test_a_sample_in_which_nothing_changed_has_no_error_to_report(tmp_path, rng)
     assert "relative_error" not in packfile.entries[MATRIX] and report["relative_error"] is None
 
 
+def test_progress_goes_to_stderr_and_only_when_asked_for(tmp_path, matrices, capfd):
+    base, finetuned = pair(tmp_path, *matrices)
+    compress(base, finetuned, tmp_path / "quiet")
+    assert capfd.readouterr() == ("", "")
+    compress(base, finetuned, tmp_path / "loud", progress=True)
+    merge(base, tmp_path / "loud", tmp_path / "merged", progress=True)
+    out, err = capfd.readouterr()
+    assert out == "" and "compress: 100%" in err and "merge: 100%" in err
+
+
 def test_the_card_names_base_size_and_use(tmp_path, matrices):
     run(tmp_path, *matrices)
     card = (tmp_path / "delta" / "README.md").read_text()

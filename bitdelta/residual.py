@@ -1,4 +1,4 @@
-"""How far a delta is from the difference that it stands for.
+"""What a delta leaves of the difference that it stands for, and how large that is.
 
     relative error = ||d - approximation|| / ||d||,   d = fp32(finetuned) - fp32(base), before any rounding of weights
 
