@@ -338,11 +338,12 @@ bd_linear(const bd_context *ctx, const bd_linear_args *args)
     if (status == BD_OK) {
         status = bd_group_rows(args->tenant_ids, M, T, starts, starts + T + 3);
     }
-    for (int64_t first = 0; status == BD_OK && first < M; first += BD_PASS_ROWS) {
+    const int64_t n_pass = bd_pass_rows(args->x->n_columns);
+    for (int64_t first = 0; status == BD_OK && first < M; first += n_pass) {
         bd_linear_job pass = {.args = args,
                               .kernels = ctx->kernels,
                               .order = starts + T + 3 + first,
-                              .n_rows = min64(M - first, BD_PASS_ROWS),
+                              .n_rows = min64(M - first, n_pass),
                               .N = args->y->n_columns,
                               .K = args->x->n_columns,
                               .n_lines = bd_n_lines(args->x->n_columns),

@@ -29,7 +29,8 @@ enum {
     BLOCK = 32,          /* lines whose indices and tables stay in the L1 cache */
     SINGLE_LINES = 64,   /* the same, for one row of x and no indices; sums of digits fit int16 */
     PAIRS = 2,           /* of strips, whose indices of a block are extracted at once */
-    FEW_ROWS = 4         /* rows whose tables of all lines stay in the L2 cache */
+    FEW_ROWS = 4,        /* rows whose tables of all lines stay in the L2 cache */
+    MANY_ROWS = 16       /* rows whose tables of a block do */
 };
 
 /* ---- tables ----------------------------------------------------------------------------------- */
@@ -343,10 +344,9 @@ single_product(const uint32_t *sign, int64_t strip_stride, int64_t n_strips, int
 }
 
 static void
-lut_product(const uint32_t *sign, int64_t strip_stride, int64_t n_strips, int64_t n_lines,
-            const void *prepared, int64_t n_rows, int32_t *z, int64_t z_stride, void *scratch)
+lut_rows(const uint32_t *sign, int64_t strip_stride, int64_t n_strips, int64_t n_lines,
+         const char *prepared, int64_t n_rows, int32_t *z, int64_t z_stride, __m256i *index)
 {
-    __m256i *index = scratch;
     /* Few rows read strips as they lie; many read their tables once for all strips. */
     const int64_t stretch = n_rows <= FEW_ROWS ? n_lines : BLOCK;
     for (int64_t l0 = 0; l0 < n_lines; l0 += stretch) {
@@ -363,7 +363,7 @@ lut_product(const uint32_t *sign, int64_t strip_stride, int64_t n_strips, int64_
                                     n_block, index + (s - s0) / 2 * BLOCK * GROUPS);
                 }
                 for (int64_t r = 0; r < n_rows; r++) {
-                    const char *row = (const char *)prepared + r * row_bytes(n_lines);
+                    const char *row = prepared + r * row_bytes(n_lines);
                     const __m128i *table = (const void *)(row + HEAD_BYTES + l * GROUPS * TABLE);
                     for (int64_t s = s0; s < s1; s += 2) {
                         __m256i sum[4];
@@ -374,6 +374,17 @@ lut_product(const uint32_t *sign, int64_t strip_stride, int64_t n_strips, int64_
                 }
             }
         }
+    }
+}
+
+static void
+lut_product(const uint32_t *sign, int64_t strip_stride, int64_t n_strips, int64_t n_lines,
+            const void *prepared, int64_t n_rows, int32_t *z, int64_t z_stride, void *scratch)
+{
+    for (int64_t r = 0; r < n_rows; r += MANY_ROWS) {
+        lut_rows(
+            sign, strip_stride, n_strips, n_lines, (const char *)prepared + r * row_bytes(n_lines),
+            n_rows - r < MANY_ROWS ? n_rows - r : MANY_ROWS, z + r * z_stride, z_stride, scratch);
     }
 }
 

@@ -234,28 +234,34 @@ bd_stream_rows_avx2(const float *x, int64_t x_stride, int64_t M, const void *wei
 void
 bd_transposed_strip_avx2(const uint32_t *sign, int64_t n_lines, const int16_t *q, int32_t *z)
 {
-    const __m256i shift = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
-    __m256i sums[4];
+    __m256 plus[BD_STRIP_ROWS], minus[BD_STRIP_ROWS];
+    __m256i shift[4], sum[4];
+    for (int i = 0; i < BD_STRIP_ROWS; i++) {
+        plus[i] = _mm256_castsi256_ps(_mm256_set1_epi32(q[i]));
+        minus[i] = _mm256_castsi256_ps(_mm256_set1_epi32(-q[i]));
+    }
+    for (int j = 0; j < 4; j++) {
+        shift[j] = _mm256_sub_epi32(_mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24),
+                                    _mm256_set1_epi32(8 * j));
+    }
     for (int64_t l = 0; l < n_lines; l++, sign += BD_STRIP_ROWS, z += BD_WORD_BITS) {
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
-            sums[j] = _mm256_loadu_si256((const void *)(z + 8 * j));
+            sum[j] = _mm256_loadu_si256((const void *)(z + 8 * j));
         }
+#pragma GCC unroll 16
         for (int i = 0; i < BD_STRIP_ROWS; i++) {
             const __m256i word = _mm256_set1_epi32((int32_t)sign[i]);
-            const __m256 plus = _mm256_castsi256_ps(_mm256_set1_epi32(q[i]));
-            const __m256 minus = _mm256_castsi256_ps(_mm256_set1_epi32(-q[i]));
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) {
-                __m256i top =
-                    _mm256_sllv_epi32(word, _mm256_sub_epi32(shift, _mm256_set1_epi32(8 * j)));
-                __m256 value = _mm256_blendv_ps(minus, plus, _mm256_castsi256_ps(top));
-                sums[j] = _mm256_add_epi32(sums[j], _mm256_castps_si256(value));
+                const __m256 top = _mm256_castsi256_ps(_mm256_sllv_epi32(word, shift[j]));
+                const __m256 value = _mm256_blendv_ps(minus[i], plus[i], top);
+                sum[j] = _mm256_add_epi32(sum[j], _mm256_castps_si256(value));
             }
         }
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
-            _mm256_storeu_si256((void *)(z + 8 * j), sums[j]);
+            _mm256_storeu_si256((void *)(z + 8 * j), sum[j]);
         }
     }
 }

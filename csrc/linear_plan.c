@@ -7,9 +7,11 @@
 #include "pool.h"
 
 enum {
-    SEGMENT_ROWS = 64,  /* rows of one tenant whose sums of a chunk stay in the L2 cache */
-    TILE_STRIPS = 8,    /* strips that kernels like to have at once */
-    TASKS_A_WORKER = 4, /* so that a slow worker delays little */
+    PASS_ELEMENTS = 1 << 20, /* of x: 12 bytes each, prepared for AVX2 */
+    MIN_SEGMENT = 16,        /* rows of one tenant, to share what is read of its signs */
+    MAX_SEGMENT = 64,        /* rows whose sums of a chunk stay in the L2 cache */
+    TILE_STRIPS = 8,         /* strips that kernels like to have at once */
+    TASKS_A_WORKER = 4,      /* so that a slow worker delays little */
 };
 
 /* Takes bytes of an arena that is first measured (base == NULL), then allocated. */
@@ -41,14 +43,17 @@ max64(int64_t a, int64_t b)
 /* ---- layout ----------------------------------------------------------------------------------- */
 
 static void
-split_into_segments(bd_linear_job *job)
+split_into_segments(bd_linear_job *job, int n_workers)
 {
     const int64_t *ids = job->args->tenant_ids;
+    /* One worker prepares a segment: there should be one for each. */
+    const int64_t n_fair = (job->n_rows / n_workers + 15) / 16 * 16;
+    const int64_t n_most = min64(MAX_SEGMENT, max64(MIN_SEGMENT, n_fair));
     job->n_segments = 0;
     for (int64_t first = 0, end; first < job->n_rows; first = end) {
         bd_segment *next = &job->segments[job->n_segments++];
         const int64_t tenant = ids[job->order[first]];
-        for (end = first + 1; end < job->n_rows && end - first < SEGMENT_ROWS; end++) {
+        for (end = first + 1; end < job->n_rows && end - first < n_most; end++) {
             if (ids[job->order[end]] != tenant) {
                 break;
             }
@@ -120,7 +125,8 @@ lay_out(bd_linear_job *job, int n_workers, arena *memory)
         lay_out_segment(job, &job->segments[s], memory);
     }
     if (job->args->weight != NULL) {
-        job->x_stride = (job->K + 15) / 16 * 16;
+        /* A KB beyond a multiple of 4 KB, lest the rows share a few sets of the L1 cache. */
+        job->x_stride = (job->K + 1023) / 1024 * 1024 + 256;
         job->x = carve(memory, job->n_rows * job->x_stride * 4);
     }
     job->buffers = carve(memory, n_workers * (int64_t)sizeof(bd_buffers));
@@ -136,12 +142,9 @@ is_worth_threads(const bd_linear_job *job)
 {
     const double columns = (double)job->N * (double)job->K;
     double work = job->args->weight == NULL ? 0.0 : columns * 2.0 / 10e3;
-    for (int64_t s = 0; s < job->n_segments; s++) {
-        const bd_segment *segment = &job->segments[s];
-        if (segment->tenant >= 0) {
-            const double n = (double)(segment->n_rows * job->args->deltas[segment->tenant].P);
-            work += n * columns / 50e3;
-        }
+    for (int64_t r = 0; r < job->n_rows; r++) {
+        const int64_t tenant = job->args->tenant_ids[job->order[r]];
+        work += tenant < 0 ? 0.0 : job->args->deltas[tenant].P * columns / 50e3;
     }
     return work > 30.0;
 }
@@ -159,9 +162,9 @@ strips_a_task(int64_t n_strips, int n_workers)
 bd_status
 bd_plan_pass(const bd_context *ctx, bd_linear_job *job)
 {
-    split_into_segments(job);
     job->pool = is_worth_threads(job) ? ctx->pool : NULL;
     const int n_workers = bd_pool_size(job->pool);
+    split_into_segments(job, n_workers);
     job->chunk_strips = strips_a_task(bd_n_strips(job->N), n_workers);
     arena memory = {.base = NULL};
     lay_out(job, n_workers, &memory);
@@ -192,4 +195,10 @@ bd_group_rows(const int64_t *tenant_ids, int64_t M, int64_t n_deltas, int64_t *s
         order[starts[tenant_ids[m] + 1]++] = m;
     }
     return BD_OK;
+}
+
+int64_t
+bd_pass_rows(int64_t K)
+{
+    return min64(BD_PASS_ROWS, max64(BD_STREAM_ROWS, PASS_ELEMENTS / max64(K, 1)));
 }

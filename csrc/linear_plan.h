@@ -12,9 +12,8 @@
 extern "C" {
 #endif
 
-/* Rows prepared at once: bounds the memory of a call. */
-#define BD_PASS_ROWS 256
-#define BD_MAX_CHUNK 32 /* strips of a task */
+#define BD_PASS_ROWS 256 /* most rows of a pass */
+#define BD_MAX_CHUNK 32  /* strips of a task */
 #define BD_BLOCK_LINES (BD_INT32_COLUMNS / BD_WORD_BITS)
 #define BD_NONFINITE INT32_MAX /* in place of an exponent */
 
@@ -56,6 +55,9 @@ typedef struct {
     bd_pool *pool;       /* NULL where threads would cost more than they gain */
     void *allocated;
 } bd_linear_job;
+
+/* Rows prepared at once, at most BD_PASS_ROWS: bounds the memory of a call. */
+int64_t bd_pass_rows(int64_t K);
 
 /* order [M]: the rows by tenant, -1 first; rows of one tenant keep their order.
  * starts [n_deltas + 2] is working space. BD_ERR_ARGUMENT: an id is out of range. */
