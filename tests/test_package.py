@@ -82,7 +82,8 @@ def unbuilt(tmp_path):
 
 @pytest.mark.parametrize("arguments", [["-c", "import bitdelta"], ["-m", "bitdelta"], ["-m", "bitdelta.cli"]])
 def test_a_source_tree_without_the_extension_says_what_to_type(unbuilt, arguments):
-    done = python(*arguments, cwd=unbuilt, PYTHONPATH=unbuilt)
+    # -S: site-packages may hold an editable install, which would find the built extension
+    done = python("-S", *arguments, cwd=unbuilt, PYTHONPATH=unbuilt)
     assert done.returncode and "is not built" in done.stderr and "pip install -e ." in done.stderr
 
 
