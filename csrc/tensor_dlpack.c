@@ -273,7 +273,7 @@ ask_capsule(module_state *state, PyObject *object)
     PyObject *capsule =
         PyObject_VectorcallMethod(state->str_dlpack, arguments, 1, state->max_version_kwnames);
     if (capsule == NULL && PyErr_ExceptionMatches(PyExc_TypeError)) {
-        PyErr_Clear();
+        PyErr_Clear(); /* a producer from before versions knows no max_version */
         capsule = PyObject_CallMethodNoArgs(object, state->str_dlpack);
     }
     return capsule;
