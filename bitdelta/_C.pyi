@@ -50,6 +50,15 @@ def expand(
     row_end: int,
     /,
 ) -> None: ...
+def fit_signs(
+    d: Tensor,  # fp32 [N, K]: finetuned - base
+    factor: Tensor | None,  # fp32 [K, K], strictly lower part used
+    order: Tensor,  # int64 [K]: the columns in the order of the factor
+    row: Tensor,  # fp32 [P, N]
+    column: Tensor | None,  # fp32 [P, K]
+    sign: Tensor,  # out: uint32 [P, S, L, 16], 64-byte aligned
+    /,
+) -> None: ...
 def linear(
     out: Tensor,  # [M, N]
     x: Tensor,  # [M, K]

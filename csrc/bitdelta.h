@@ -119,6 +119,26 @@ bd_status bd_extract(const bd_context *ctx, const bd_matrix *base, const bd_matr
 bd_status bd_expand(const bd_context *ctx, const bd_matrix *base, const bd_delta *delta,
                     int64_t row_begin, int64_t row_end, const bd_matrix *out);
 
+/* calibrate.c: signs fitted to the inputs of a layer. */
+
+typedef struct {
+    const bd_matrix *d; /* fp32 [N, K]: finetuned - base, finite */
+    const float
+        *factor; /* fp32 [K, K], in visiting order; [k, j], j < k: V[j, k] of X^T X = V diag V^T,
+                             V unit upper triangular; the rest is not read. NULL: V = 1 */
+    const int64_t *order; /* [K]: the columns in visiting order, each once */
+    int P;
+    const float *row;    /* [P, N] */
+    const float *column; /* [P, K], or NULL for 1 */
+    uint32_t *sign;      /* out: [P, S, L, 16] */
+} bd_fit_args;
+
+/* Columns in order: r = d[k] + sum_{j<k} V[j, k] e[j], each product and sum rounded to fp32, j
+ * ascending; the signs are those of the level nearest to r, |r - level| in fp32, among the 2^P of
+ * Q = sum_p +-fp32(row column), summed in plane order; of equal ones the one with the most +, the
+ * last plane's counting first; e[k] = fp32(d[k] - level). */
+bd_status bd_fit_signs(const bd_context *ctx, const bd_fit_args *args);
+
 /* linear.c: products. */
 
 typedef struct {

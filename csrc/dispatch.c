@@ -94,6 +94,7 @@ fill_generic(bd_kernels *table)
 {
     bd_fill_generic_linear(table);
     bd_fill_generic_delta(table);
+    bd_fill_generic_calibrate(table);
 }
 
 static void
@@ -119,6 +120,7 @@ fill_avx2(bd_kernels *table)
     fill_generic(table);
     bd_fill_avx2_linear(table);
     bd_fill_avx2_delta(table);
+    bd_fill_avx2_calibrate(table);
 }
 
 static void

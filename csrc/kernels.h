@@ -38,6 +38,7 @@ typedef struct {
 } bd_product;
 
 #define BD_MAX_PRODUCTS 4
+#define BD_FEEDBACK_COLUMNS 4
 
 struct bd_kernels {
     const char *isa; /* "generic", "avx2", "avx512", "amx", "neon" */
@@ -85,6 +86,11 @@ struct bd_kernels {
                        const float *column, int64_t K, void *out, bd_dtype out_dtype,
                        int is_streamed);
 
+    /* r[c * 16 + i] += factor[c * stride + j] * e[j * 16 + i], j < n ascending, product and sum rounded
+     * apart, c < n_columns <= BD_FEEDBACK_COLUMNS, i < 16. e: 64-byte aligned. */
+    void (*feedback)(const float *factor, int64_t stride, int64_t n_columns, const float *e,
+                     int64_t n, float *r);
+
     /* out[i] = fp32(data[i]), i < n. */
     void (*to_float32)(const void *data, bd_dtype dtype, int64_t n, float *out);
 };
@@ -101,8 +107,10 @@ const char *const *bd_available_isas(void);
 /* Each replaces its entries of *table; called by dispatch.c. */
 void bd_fill_generic_linear(bd_kernels *table);
 void bd_fill_generic_delta(bd_kernels *table);
+void bd_fill_generic_calibrate(bd_kernels *table);
 void bd_fill_avx2_linear(bd_kernels *table);
 void bd_fill_avx2_delta(bd_kernels *table);
+void bd_fill_avx2_calibrate(bd_kernels *table);
 void bd_fill_avx512_linear(bd_kernels *table);
 void bd_fill_avx512_delta(bd_kernels *table);
 void bd_fill_avx512_linear_emulated(bd_kernels *table); /* the same code on the emulation */

@@ -312,6 +312,7 @@ module_exec(PyObject *module)
     state->delta_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &delta_spec, NULL);
     if (state->delta_type == NULL || PyModule_AddType(module, state->delta_type) < 0 ||
         PyModule_AddFunctions(module, delta_functions) < 0 ||
+        PyModule_AddFunctions(module, calibrate_functions) < 0 ||
         PyModule_AddFunctions(module, product_functions) < 0 ||
         PyModule_AddFunctions(module, byte_functions) < 0) {
         return -1;

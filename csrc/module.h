@@ -69,10 +69,11 @@ int check_n_arguments(const char *function, Py_ssize_t nargs, Py_ssize_t least, 
 int parse_int(PyObject *object, const char *name, int64_t least, int64_t most, int64_t *out);
 
 /* One type and the functions of the module, by file. */
-extern PyType_Spec delta_spec;          /* py_delta.c */
-extern PyMethodDef delta_functions[];   /* py_delta.c: extract, expand */
-extern PyMethodDef product_functions[]; /* py_linear.c: linear, linear_add, linear_transposed */
-extern PyMethodDef byte_functions[];    /* py_bytes.c: to_float32, crc32c, crc32c_combine, read */
+extern PyType_Spec delta_spec;            /* py_delta.c */
+extern PyMethodDef delta_functions[];     /* py_delta.c: extract, expand */
+extern PyMethodDef calibrate_functions[]; /* py_calibrate.c: fit_signs */
+extern PyMethodDef product_functions[];   /* py_linear.c: linear, linear_add, linear_transposed */
+extern PyMethodDef byte_functions[];      /* py_bytes.c: to_float32, crc32c, crc32c_combine, read */
 
 /* A Delta object's view, or NULL with TypeError when object is not a Delta of this module. */
 const bd_delta *delta_view(module_state *state, PyObject *object, const char *name);
