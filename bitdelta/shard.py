@@ -20,7 +20,6 @@ from .packfile import FORMAT_VERSION, Spec, spec_bytes
 from .tensor import DTYPES
 
 COPY_BYTES = 4 << 20  # at a time
-SYNC_BYTES = 32 << 20  # so that the disk writes while the next tensors are computed
 
 
 class Shard:
@@ -29,7 +28,7 @@ class Shard:
     def __init__(self, folder: Path, number: int, room: int) -> None:
         self.start = room  # of the data
         self.keys: dict[str, Spec] = {}
-        self.signs_bytes = self.rest_bytes = self._unsynced = 0
+        self.signs_bytes = self.rest_bytes = 0
         self.signs_path, self.rest_path = folder / f"signs-{number}", folder / f"rest-{number}"
         self.signs = os.open(self.signs_path, os.O_RDWR | os.O_CREAT, 0o666)
         self.rest = os.open(self.rest_path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -46,10 +45,6 @@ class Shard:
     def append(self, key: str, spec: Spec, data: memoryview) -> None:
         write_all(self.signs if _is_sign(key, spec) else self.rest, data)
         self._count(key, spec)
-        self._unsynced += len(data)
-        if self._unsynced >= SYNC_BYTES:
-            os.fsync(self.signs)
-            self._unsynced = 0
 
     def skip(self, key: str, spec: Spec, digest: Any) -> None:
         """Counts what a dead writer has written, and hashes it."""
