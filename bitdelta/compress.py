@@ -77,7 +77,8 @@ def compress(
     plans, absent = plan_tensors(source, target, planes, scale, whole)
     if dry_run:
         return _estimate(plans, absent, out_dir)
-    refuse_full(out_dir, _size(plans))
+    # whole tensors are on the disk twice until the end; see shard.py
+    refuse_full(out_dir, _size(plans) + sum(plan.nbytes for plan in plans if plan.entry["form"] == "whole"))
     maps = _hold_maps(source, target)
     prints = {plan.name: plan.base.fingerprint() for plan in plans if plan.base is not None}
     with (
