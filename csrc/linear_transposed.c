@@ -1,8 +1,9 @@
 /* linear_transposed.c - products with the transposed signs, for gradients:
  *   g[m] = sum_p (sum_n u_p[n] S_p[n, :]) * column_p,  u_p = fp32(dy[m] * row_p)
  *
- * The integer definition of linear.c, over n. A first round of tasks quantises every row for every
- * plane; a second goes over chunks of lines (32 columns each) for all rows. */
+ * The integer definition of linear.c, over n. Few rows of a tenant: a first round of tasks quantises
+ * every row for every plane; a second goes over chunks of lines (32 columns each) for all rows. Many
+ * rows: the signs are transposed, and the rest is linear.c's, with row and column scales exchanged. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -14,6 +15,8 @@
 enum {
     PASS_ROWS = 64,   /* rows quantised at once: bounds the memory of a call */
     CHUNK_LINES = 16, /* one KB of every strip */
+    MANY_ROWS = 3,    /* of a tenant: transposing its signs takes as long as two products */
+    GROUP_LINES = 8,  /* lines that a task transposes */
     CHUNK_COLUMNS = CHUNK_LINES * BD_WORD_BITS,
     BLOCK_STRIPS = BD_INT32_COLUMNS / BD_STRIP_ROWS /* strips whose sums fit int32 */
 };
@@ -121,6 +124,147 @@ columns_task(void *argument, int64_t index, int worker)
     bd_restore_float_state(saved);
 }
 
+/* ---- many rows: the transposed signs -----------------------------------------------------------
+ */
+
+typedef struct {
+    const uint32_t *from; /* [strips of N][lines of K][16] */
+    uint32_t *to;         /* [strips of K][lines of N][16] */
+} plane;
+
+typedef struct {
+    const plane *planes;
+    int64_t N, K;
+} transposition;
+
+/* Word c of the result holds the bits c of the 32 words: halves, quarters, ... change places. */
+static void
+transpose_words(uint32_t word[BD_WORD_BITS])
+{
+    uint32_t mask = 0x0000FFFFu;
+    for (int half = 16; half > 0; half /= 2, mask ^= mask << half) {
+        for (int first = 0; first < BD_WORD_BITS; first += 2 * half) {
+            for (int i = first; i < first + half; i++) {
+                const uint32_t change = ((word[i] >> half) ^ word[i + half]) & mask;
+                word[i] ^= change << half;
+                word[i + half] ^= change;
+            }
+        }
+    }
+}
+
+static void
+transpose_task(void *argument, int64_t index, int worker)
+{
+    const transposition *job = argument;
+    const int64_t n_strips = bd_n_strips(job->N), n_lines = bd_n_lines(job->K);
+    const int64_t n_strips_out = bd_n_strips(job->K), n_lines_out = bd_n_lines(job->N);
+    const int64_t n_groups = n_lines / GROUP_LINES;
+    const plane *plane = &job->planes[index / n_groups];
+    const int64_t first = index % n_groups * GROUP_LINES;
+    (void)worker;
+    for (int64_t s = 0; s < 2 * n_lines_out; s += 2) {
+        for (int64_t l = first; l < first + GROUP_LINES && 2 * l < n_strips_out; l++) {
+            uint32_t word[BD_WORD_BITS] = {0};
+            for (int64_t i = 0; i < 2 && s + i < n_strips; i++) {
+                memcpy(word + i * BD_STRIP_ROWS,
+                       plane->from + ((s + i) * n_lines + l) * BD_STRIP_ROWS, 64);
+            }
+            transpose_words(word);
+            for (int64_t i = 0; i < 2 && 2 * l + i < n_strips_out; i++) {
+                memcpy(plane->to + ((2 * l + i) * n_lines_out + s / 2) * BD_STRIP_ROWS,
+                       word + i * BD_STRIP_ROWS, 64);
+            }
+        }
+    }
+}
+
+/* The deltas with rows and columns exchanged: those of [T] that have rows, others are left out.
+ * signs: room for all their planes; planes: what is to be transposed. */
+static void
+exchange(const bd_delta *deltas, int64_t n_deltas, const unsigned char *is_used, const float *ones,
+         uint32_t *signs, plane *planes, bd_delta *exchanged)
+{
+    int64_t n_planes = 0;
+    for (int64_t t = 0; t < n_deltas; t++) {
+        const bd_delta *delta = &deltas[t];
+        const int64_t words = bd_plane_words(delta->K, delta->N);
+        exchanged[t] = (bd_delta){.N = delta->K, .K = delta->N, .P = delta->P};
+        if (!is_used[t]) {
+            continue;
+        }
+        exchanged[t].sign = signs + n_planes * words;
+        exchanged[t].row = delta->column == NULL ? ones : delta->column;
+        exchanged[t].column = delta->row;
+        for (int p = 0; p < delta->P; p++, n_planes++) {
+            planes[n_planes] = (plane){delta->sign + p * bd_plane_words(delta->N, delta->K),
+                                       signs + n_planes * words};
+        }
+    }
+}
+
+/* BD_ERR_MEMORY: nothing was done. */
+static bd_status
+multiply_exchanged(const bd_context *ctx, const job *job, int64_t n_deltas,
+                   const unsigned char *is_used, int64_t n_planes)
+{
+    const int64_t N = job->dy->n_columns, K = job->g->n_columns;
+    const int64_t sign_bytes = n_planes * bd_plane_words(K, N) * 4;
+    const int64_t plane_bytes = n_planes * (int64_t)sizeof(plane);
+    const int64_t delta_bytes = n_deltas * (int64_t)sizeof(bd_delta);
+    const int64_t one_bytes = BD_MAX_PLANES * K * 4;
+    char *allocated = malloc((size_t)(sign_bytes + plane_bytes + delta_bytes + one_bytes + 64));
+    if (allocated == NULL) {
+        return BD_ERR_MEMORY;
+    }
+    uint32_t *signs = (void *)(((uintptr_t)allocated + 63) / 64 * 64);
+    plane *planes = (void *)((char *)signs + sign_bytes);
+    bd_delta *exchanged = (void *)((char *)planes + plane_bytes);
+    float *ones = (void *)((char *)exchanged + delta_bytes);
+    for (int64_t k = 0; k < BD_MAX_PLANES * K; k++) {
+        ones[k] = 1.0f;
+    }
+    exchange(job->deltas, n_deltas, is_used, ones, signs, planes, exchanged);
+    transposition transposition = {.planes = planes, .N = N, .K = K};
+    bd_parallel(ctx->pool, n_planes * bd_n_lines(K) / GROUP_LINES, transpose_task, &transposition);
+    const bd_linear_args args = {.x = job->dy,
+                                 .deltas = exchanged,
+                                 .n_deltas = n_deltas,
+                                 .tenant_ids = job->tenant_ids,
+                                 .precision = BD_FIXED16,
+                                 .y = job->g};
+    bd_status status = bd_linear(ctx, &args);
+    free(allocated);
+    return status;
+}
+
+/* Whether the rows share their tenants' signs so often that transposing them pays; then *status. */
+static int
+try_many(const bd_context *ctx, const job *job, int64_t n_deltas, bd_status *status)
+{
+    int64_t n_products = 0, n_planes = 0;
+    unsigned char *is_used = calloc((size_t)n_deltas + 1, 1);
+    if (is_used == NULL) {
+        return 0;
+    }
+    for (int64_t m = 0; m < job->dy->n_rows; m++) {
+        const int64_t t = job->tenant_ids[m];
+        if (t >= 0) {
+            n_products += job->deltas[t].P;
+            n_planes += is_used[t] ? 0 : job->deltas[t].P;
+            is_used[t] = 1;
+        }
+    }
+    *status = BD_ERR_MEMORY;
+    if (n_planes > 0 && n_products >= MANY_ROWS * n_planes) {
+        *status = multiply_exchanged(ctx, job, n_deltas, is_used, n_planes);
+    }
+    free(is_used);
+    return *status != BD_ERR_MEMORY; /* without the memory it goes row by row */
+}
+
+/* ---- the call ---------------------------------------------------------------------------------- */
+
 bd_status
 bd_linear_transposed(const bd_context *ctx, const bd_matrix *dy, const bd_delta *deltas,
                      int64_t n_deltas, const int64_t *tenant_ids, const bd_matrix *g)
@@ -142,6 +286,10 @@ bd_linear_transposed(const bd_context *ctx, const bd_matrix *dy, const bd_delta 
     }
     if (M == 0 || K == 0) {
         return BD_OK;
+    }
+    bd_status status;
+    if (try_many(ctx, &job, n_deltas, &status)) {
+        return status;
     }
     const int64_t n_kept = (M < PASS_ROWS ? M : PASS_ROWS) * job.max_planes;
     const int64_t row_bytes = job.n_strips * BD_STRIP_ROWS * 2;

@@ -377,6 +377,18 @@ def test_transposed_products_have_the_bits_of_the_reference(case, dtype):
     on_every_isa(lambda: assert_same_bits(bitdelta.linear_transposed(dy, case.deltas, case.ids), expected))
 
 
+@pytest.mark.parametrize("shape", ((37, 290), (290, 37), (16, 256), (513, 31)), ids=str)
+def test_a_transposed_row_has_the_same_bits_alone_and_in_any_batch(isa, rng, shape):
+    n, k = shape
+    deltas = [make_delta(rng, n, k, 2, "rank1"), make_delta(rng, n, k)]
+    dy = tensor(rng.normal(size=(24, n)), "bfloat16")
+    ids = np.array([-1, 0, 1, 1, 0, 0, 1, 0] * 3)
+    batch = bitdelta.linear_transposed(dy, deltas, ids)  # signs transposed: many rows share them
+    for m in (0, 1, 2, 23):
+        alone = bitdelta.linear_transposed(dy[m : m + 1], deltas, ids[m : m + 1])
+        assert np.array_equal(bits(alone)[0], bits(batch)[m])
+
+
 def test_transposed_products_are_the_gradient(isa, rng):
     n, k, m = 90, 700, 6
     deltas = [make_delta(rng, n, k, 2, "rank1"), make_delta(rng, n, k)]
