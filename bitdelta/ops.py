@@ -1,0 +1,147 @@
+"""The products of `linear.py` on torch tensors of any leading shape, with gradients, and where models compile.
+
+The operators behind them are `torch.ops.bitdelta.*` (operators.py). Where neither gradients nor a compiler ask for
+those, the functions call the extension at once, which saves the dispatcher's time: some 30 us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .delta import Delta
+from .operators import Ids, T, run_linear, run_linear_add, run_linear_transposed
+from .torch_delta import TorchDelta, as_torch
+
+__all__ = ["TorchDelta", "as_torch", "linear", "linear_add", "linear_transposed"]
+
+_NONE = torch.empty(0)  # a delta's column where it has none
+
+
+def linear(
+    x: T,
+    weight: T | None,
+    bias: T | None,
+    deltas: Sequence[Delta | TorchDelta],
+    tenant_ids: Ids,
+    precision: str = "fixed16",
+    delta_in_dx: bool = True,
+) -> T:
+    """y[m] = x[m] W^T + sum_p scale_p(t) (x[m] S_p(t)^T) + bias, t = tenant_ids[m], -1 = base only.
+
+    Args:
+        x: [..., K] of fp32, fp16 or bf16; M rows in all, in order.
+        weight: [N, K] of any of these dtypes, or None: the delta terms alone.
+        bias: [N], or None.
+        deltas: T deltas of shape (N, K).
+        tenant_ids: M integers, -1 to T - 1; a tensor where it compiles.
+        precision: "fixed16", or "float32" (slow, for comparison).
+        delta_in_dx: False leaves the delta's part out of dx, as the original repository does.
+
+    Returns:
+        [..., N] in x's dtype, with gradients for x, weight, bias, rows and columns where they are required.
+
+    Raises:
+        TypeError, ValueError, BufferError: the text names the argument, what it is and what it should be.
+
+    >>> import bitdelta, bitdelta.ops, torch
+    >>> d = bitdelta.extract(torch.zeros(1, 2), torch.tensor([[3.0, -3.0]]))
+    >>> bitdelta.ops.linear(torch.tensor([[2.0, 1.0]]), None, None, [d], [0])
+    tensor([[3.]])
+    """
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if _is_plain(flat) and not _needs_gradient(flat, weight, bias, deltas):
+        handles = [delta.handle for delta in deltas]
+        y = run_linear(flat, weight, bias, handles, tenant_ids, precision)
+    else:
+        y = torch.ops.bitdelta.linear(
+            flat, weight, bias, *_parts(deltas), _as_ids(tenant_ids), precision, delta_in_dx
+        )
+    return y if flat is x else y.view(*x.shape[:-1], y.shape[1])
+
+
+def linear_add(
+    y: T, x: T, deltas: Sequence[Delta | TorchDelta], tenant_ids: Ids, delta_in_dx: bool = True
+) -> T:
+    """y[m] += sum_p scale_p(t) (x[m] S_p(t)^T), for a product that someone else made.
+
+    In place where no gradient is needed; else into a new tensor. Use what is returned. y was rounded before: this
+    is a second rounding, which `linear` does not have.
+
+    Args:
+        y: [..., N] of fp32, fp16 or bf16.
+        x: [..., K].
+        deltas, tenant_ids, delta_in_dx: as in `linear`.
+
+    Returns:
+        [..., N] in y's dtype.
+    """
+    flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    if _needs_gradient(flat_x, flat_y, None, deltas):
+        new = torch.ops.bitdelta.linear_sum(flat_y, flat_x, *_parts(deltas), _as_ids(tenant_ids), delta_in_dx)
+        return new.view(y.shape)
+    if _is_plain(flat_x):
+        run_linear_add(flat_y, flat_x, [delta.handle for delta in deltas], tenant_ids)
+    else:
+        torch.ops.bitdelta.linear_add(flat_y, flat_x, *_parts(deltas), _as_ids(tenant_ids))
+    return flat_y.view(y.shape)
+
+
+def linear_transposed(dy: T, deltas: Sequence[Delta | TorchDelta], tenant_ids: Ids) -> T:
+    """g[m] = sum_p ((dy[m] * row_p) S_p) * column_p: weights kept as [inputs, outputs], and gradients of `linear`.
+
+    Args:
+        dy: [..., N] of fp32, fp16 or bf16.
+        deltas: T deltas of shape (N, K), at least one.
+        tenant_ids: M integers, -1 to T - 1.
+
+    Returns:
+        [..., K] in dy's dtype; rows of tenant -1 are zero.
+    """
+    if not deltas:
+        raise ValueError("deltas: expected at least one, got none")
+    flat, K = dy.reshape(-1, dy.shape[-1]), deltas[0].shape[1]
+    if _is_plain(flat) and not _needs_gradient(flat, None, None, deltas):
+        g = run_linear_transposed(flat, [delta.handle for delta in deltas], tenant_ids, K)
+    else:
+        g = torch.ops.bitdelta.linear_transposed(flat, *_parts(deltas), _as_ids(tenant_ids), K)
+    return g.view(*dy.shape[:-1], K)
+
+
+def _is_plain(x: T) -> bool:
+    """Whether the extension may be called at once: nothing compiles, traces or fakes tensors."""
+    return not torch.compiler.is_compiling() and type(x) in (torch.Tensor, torch.nn.Parameter)
+
+
+def _needs_gradient(x: T, weight: T | None, bias: T | None, deltas: Sequence[Any]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if (
+        x.requires_grad
+        or weight is not None
+        and weight.requires_grad
+        or bias is not None
+        and bias.requires_grad
+    ):
+        return True
+    for delta in deltas:
+        if type(delta) is TorchDelta and (
+            delta.row.requires_grad or delta.column is not None and delta.column.requires_grad
+        ):
+            return True
+    return False
+
+
+def _parts(deltas: Sequence[Delta | TorchDelta]) -> tuple[list[T], list[T], list[T]]:
+    """signs, rows, columns of the operators."""
+    found = [as_torch(delta) for delta in deltas]
+    columns = []
+    if any(delta.column is not None for delta in found):
+        columns = [_NONE if delta.column is None else delta.column for delta in found]
+    return [delta.sign for delta in found], [delta.row for delta in found], columns
+
+
+def _as_ids(tenant_ids: Ids) -> T:
+    return torch.as_tensor(tenant_ids, dtype=torch.int64)
