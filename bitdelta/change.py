@@ -1,0 +1,164 @@
+"""What a tenant makes of one parameter of the model; whatever is not listed is the base's.
+
+    Packed     base [N, K] + sign planes, and the rows that follow them (new tokens)
+    Stack      base [E, N, K] + a Delta per matrix
+    Whole      another tensor
+    LowRank    base + scale * B A (LoRA)
+    Converted  made of several checkpoint tensors, as transformers fuses or splits them while loading
+
+Each has `expand(parameter)`: the tenant's value in the parameter's dtype, as a merged checkpoint would hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .array import BFloat16Array
+from .delta import Delta
+
+Tensor = torch.Tensor
+
+
+def as_torch(array: Any) -> Tensor:
+    """A NumPy array as a tensor of its own; bf16 bits become torch's bf16."""
+    if isinstance(array, Tensor):
+        return array
+    if isinstance(array, BFloat16Array):
+        return torch.from_numpy(np.array(array.bits).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """round(base[:N] + delta), then `rows`."""
+
+    delta: Delta
+    rows: Tensor | None = None  # [A, K]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        n, k = self.delta.shape
+        return n + (0 if self.rows is None else len(self.rows)), k
+
+    @property
+    def nbytes(self) -> int:
+        return self.delta.nbytes + (0 if self.rows is None else self.rows.nbytes)
+
+    def expand(self, parameter: Tensor) -> Tensor:
+        n = self.delta.shape[0]
+        base = parameter.detach()[:n]
+        wide: Tensor = self.delta.expand(base.contiguous())
+        return wide if self.rows is None else torch.cat([wide, self.rows.to(wide.dtype)])
+
+    def gather(self, tokens: Tensor, base: Tensor) -> Tensor:
+        """Rows `tokens` [T] of the tenant's table in fp32, where `base` [T, K] are the base's, clipped to its table."""
+        n, k = self.delta.shape
+        index = tokens.clamp(max=n - 1).numpy()
+        words = np.ascontiguousarray(np.asarray(self.delta.sign)[:, index // 16, :, index % 16])  # [T, P, L]
+        signs = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little", count=k)
+        scale = np.asarray(self.delta.scale)[:, index].T[..., None]
+        terms = (signs.astype(np.float32) * 2 - 1) * (
+            scale if self.delta.column is None else scale * self.delta.column
+        )
+        total = torch.from_numpy(np.ascontiguousarray(terms.sum(1, dtype=np.float32))) + base.float()
+        if self.rows is not None:
+            added = tokens >= n
+            total[added] = self.rows[tokens[added] - n].float()
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """round(base[e] + delta[e])."""
+
+    deltas: tuple[Delta, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.deltas), *self.deltas[0].shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(delta.nbytes for delta in self.deltas)
+
+    def expand(self, parameter: Tensor) -> Tensor:
+        out = torch.empty_like(parameter, requires_grad=False, memory_format=torch.contiguous_format)
+        for target, base, delta in zip(out, parameter.detach(), self.deltas, strict=True):
+            delta.expand(base.contiguous(), out=target)
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """The tensor itself."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    def expand(self, parameter: Tensor) -> Tensor:
+        return self.tensor.to(parameter.dtype) if parameter.is_floating_point() else self.tensor
+
+    def gather(self, tokens: Tensor, base: Tensor) -> Tensor:
+        return self.tensor[tokens]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """base + scale * B A; a transposed weight (Conv1D, embeddings) is base + scale * (B A)^T."""
+
+    a: Tensor  # [r, K]
+    b: Tensor  # [N, r]
+    scale: float
+    is_transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        n, k = len(self.b), self.a.shape[1]
+        return (k, n) if self.is_transposed else (n, k)
+
+    @property
+    def nbytes(self) -> int:
+        return self.a.nbytes + self.b.nbytes
+
+    def product(self, x: Tensor) -> Tensor:
+        """scale * B A x, computed in the adapter's dtype, as PEFT does."""
+        return (x.to(self.a.dtype) @ self.a.T) @ self.b.T * self.scale
+
+    def gather(self, tokens: Tensor, base: Tensor) -> Tensor:
+        """Rows `tokens` of an adapted table [vocabulary, K]: a is [r, vocabulary], b is [K, r]."""
+        return base.float() + (self.a.T[tokens] @ self.b.T * self.scale).float()
+
+    def expand(self, parameter: Tensor) -> Tensor:
+        wide = self.b @ self.a * self.scale
+        total = parameter.detach() + (wide.T if self.is_transposed else wide).to(parameter.dtype)
+        return total.to(parameter.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Converted:
+    """Made on the fly by transformers' own conversion of the tenant's checkpoint tensors."""
+
+    make: Callable[[], Tensor]
+    shape: tuple[int, ...]
+    nbytes: int = 0
+
+    def expand(self, parameter: Tensor) -> Tensor:
+        return self.make().to(parameter.dtype)
+
+    def gather(self, tokens: Tensor, base: Tensor) -> Tensor:
+        return self.make()[tokens]
+
+
+Change = Packed | Stack | Whole | LowRank | Converted

@@ -1,0 +1,103 @@
+"""Which parameter of a loaded model a checkpoint's tensor becomes.
+
+Mostly the one of its name. transformers renames some and fuses or splits others while loading (the experts of a
+mixture become one stack); its own table of conversions says how, and its own operations do it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Conversion:
+    """Checkpoint tensors that one of transformers' converters turns into parameters."""
+
+    converter: Any
+    first: str  # the parameter that stands for the group
+    model: Any
+    sources: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # pattern -> names
+
+    @property
+    def names(self) -> list[str]:
+        return [name for names in self.sources.values() for name in names]
+
+    def run(self, tensor: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Parameter -> its value, given each checkpoint tensor's."""
+        converter = deepcopy(self.converter)
+        for pattern, names in self.sources.items():
+            for name in names:
+                converter.add_tensor(self.first, name, pattern, tensor(name))
+        made = converter.convert(self.first, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+@dataclass
+class Mapped:
+    parameters: dict[str, str]  # checkpoint name -> parameter
+    conversions: list[Conversion]
+    unknown: list[str]  # checkpoint names that are nothing in the model
+
+
+class Mapping:
+    """From names of a checkpoint to names of a model's parameters and buffers."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        self.renamings, self.converters = _transforms(model)
+
+    def map(self, names: Iterable[str]) -> Mapped:
+        mapped = Mapped({}, [], [])
+        groups: dict[str, Conversion] = {}
+        for name in sorted(names, key=_natural):
+            target, pattern = self._rename(name)
+            if target not in self.state:
+                mapped.unknown.append(name)
+            elif pattern is None:
+                mapped.parameters[name] = target
+            else:
+                converter = next(c for c in self.converters if pattern in c.source_patterns)
+                group = groups.setdefault(target, Conversion(converter, target, self.model))
+                group.sources[pattern].append(name)
+        mapped.conversions = list(groups.values())
+        return mapped
+
+    def _rename(self, name: str) -> tuple[str, str | None]:
+        try:
+            from transformers.core_model_loading import rename_source_key
+        except ImportError:  # before transformers 5 the names were the same
+            return name, None
+        prefix = self.model.base_model_prefix
+        target, pattern = rename_source_key(name, self.renamings, self.converters, prefix, self.state)
+        if target not in self.state and name in self.state:
+            target, pattern = name, None
+        return target, pattern
+
+
+def _transforms(model: Any) -> tuple[list[Any], list[Any]]:
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+    except ImportError:
+        return [], []
+    transforms = get_model_conversion_mapping(model)
+    return (
+        [transform for transform in transforms if isinstance(transform, WeightRenaming)],
+        [transform for transform in transforms if isinstance(transform, WeightConverter)],
+    )
+
+
+def _natural(name: str) -> list[tuple[int, str, int]]:
+    """Sorts numbers as numbers, as transformers does: experts.2 before experts.10."""
+    parts = []
+    for part in name.split("."):
+        text = part.rstrip("0123456789")
+        parts.append((int(bool(text)), text, int(part[len(text) :] or -1)))
+    return parts

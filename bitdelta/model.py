@@ -1,0 +1,233 @@
+"""A model of transformers in which every row of a batch may belong to another fine-tune of it.
+
+    model = DeltaModel.from_pretrained("llama")
+    model.load_delta("math", "llama-math-delta")             # a packed delta, or a PEFT LoRA folder
+    model.generate(**batch, delta_names=["math", None])      # None or "__base__": the base
+
+The base's weights are there once. A tenant adds its signs, which stay in the file's memory map, and what its delta
+stores whole. Batches may run in several threads at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .batch import Batch, current
+from .checkpoint import Checkpoint, open_checkpoint
+from .modules import LinearForward, Wrapped, install
+from .site import Site
+from .sources import tenant_from
+from .tenant import Tenant, TenantPool
+
+BASE = "__base__"  # as in PEFT
+INPUTS = (
+    "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values", "input_features",
+    "input_values",
+)  # fmt: skip
+
+
+class DeltaModel(nn.Module):
+    """Args:
+    model: of transformers.
+    base: the folder or Hub id that it was loaded from.
+    max_resident: how many tenants are in memory at once; None: all.
+    """
+
+    def __init__(self, model: Any, base: str | os.PathLike[str], max_resident: int | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.base: Checkpoint = open_checkpoint(base)
+        self.site = Site(model)
+        self.pool = TenantPool(max_resident)
+        self.active: str | None = None
+        self.wrapped: list[Wrapped] = []
+        self.sources: dict[str, str] = {}
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        model.register_forward_pre_hook(_note_rows, with_kwargs=True)
+
+    @classmethod
+    def from_pretrained(
+        cls, base: str | os.PathLike[str], max_resident: int | None = None, revision: str | None = None, **options: Any
+    ) -> DeltaModel:
+        """Loads the base.
+
+        Args:
+            base: a checkpoint, a folder or Hub id, or a folder that `save_pretrained` wrote.
+            max_resident: how many tenants are in memory at once; None: all.
+            revision: the Hub revision.
+            options: for transformers' own from_pretrained (dtype, device_map, quantization_config, ...).
+        """
+        from .saved import read_saved
+        from .sources import model_class
+
+        saved = read_saved(base, revision)
+        source = saved.base if saved else base
+        checkpoint = open_checkpoint(source, saved.revision if saved else revision)
+        model = model_class(checkpoint.config).from_pretrained(checkpoint.root, **options).eval()
+        found = cls(model, checkpoint.root, max_resident)
+        for name, path in saved.deltas.items() if saved else ():
+            found.load_delta(name, path)
+        return found
+
+    def load_delta(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        revision: str | None = None,
+        pin: bool = False,
+        allow_base: str | None = None,
+    ) -> None:
+        """Adds a tenant; batches that run are not disturbed.
+
+        Args:
+            name: what batches call it.
+            path: a packed delta or a PEFT LoRA adapter, a folder or Hub id.
+            revision: the Hub revision.
+            pin: never evict it.
+            allow_base: "quantized": the base's files are quantised, so that fingerprints cannot be compared.
+
+        Raises:
+            bitdelta.BaseMismatchError: the delta of another base, or one that cannot run beside other rows.
+            bitdelta.FormatError: not a packed delta.
+            ValueError: the name is taken.
+        """
+        if not isinstance(name, str) or not name or name == BASE:
+            raise ValueError(f"name: expected a name other than {BASE!r}, got {name!r}")
+
+        def make() -> Tenant:
+            tenant = tenant_from(name, path, revision, self.site, self.base, allow_base)
+            self._install(tenant)
+            return tenant
+
+        self.pool.load(name, make, pin)
+        self.sources[name] = f"{path}@{revision}" if revision else os.fspath(path)
+        self._size_vocabulary()
+
+    def unload_delta(self, name: str) -> None:
+        """Forgets a tenant. Error where a batch runs with it."""
+        self.pool.unload(name)
+        self.sources.pop(name, None)
+        if self.active == name:
+            self.active = None
+        self._size_vocabulary()
+
+    def set_delta(self, name: str | None) -> None:
+        """Sets the tenant of rows that name none; None or "__base__": the base."""
+        name = None if name == BASE else name
+        if name is not None and name not in self.pool.names:
+            raise KeyError(f"{name}: no such delta; loaded: {', '.join(self.pool.names) or 'none'}")
+        self.active = name
+
+    def pin_delta(self, name: str, pinned: bool = True) -> None:
+        """Keeps a tenant in memory whatever else is loaded, or (False) no longer."""
+        self.pool.pin(name, pinned)
+
+    @property
+    def deltas(self) -> list[str]:
+        """The tenants' names."""
+        return list(self.sources)
+
+    def forward(self, *args: Any, delta_names: str | Sequence[str | None] | None = None, **kwargs: Any) -> Any:
+        """The model's forward; `delta_names`: per row a tenant, None or "__base__". One name is for all rows."""
+        names = kwargs.pop("adapter_names", None) if delta_names is None else delta_names
+        with self.batch(names, _count_rows(args, kwargs)):
+            return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, delta_names: str | Sequence[str | None] | None = None, **kwargs: Any) -> Any:
+        """The model's generate; rows of different tenants may end with different tokens."""
+        from .generate import generate
+
+        names = kwargs.pop("adapter_names", None) if delta_names is None else delta_names
+        return generate(self, names, *args, **kwargs)
+
+    @contextmanager
+    def batch(self, names: str | Sequence[str | None] | None, n_rows: int) -> Iterator[Batch]:
+        """Runs the block's calls of `self.model` with these tenants, which stay resident meanwhile."""
+        rows = self._names(names, n_rows)
+        distinct = list(dict.fromkeys(name for name in rows if name is not None))
+        with self.pool.use(distinct) as tenants:
+            index: dict[str | None, int] = {name: i for i, name in enumerate(distinct)}
+            index[None] = -1
+            batch = Batch(tenants, np.array([index[name] for name in rows], np.int64), self.vocabulary)
+            is_plain = not tenants and self.vocabulary == self.site.vocabulary
+            token = current.set(None if is_plain else batch)
+            try:
+                yield batch
+            finally:
+                current.reset(token)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many logits a row has: the most that any resident tenant has."""
+        sizes = [tenant.vocabulary for tenant in self.pool.resident if tenant.vocabulary is not None]
+        return None if self.site.vocabulary is None else max([self.site.vocabulary, *sizes])
+
+    def _names(self, names: str | Sequence[str | None] | None, n_rows: int) -> list[str | None]:
+        if names is None or isinstance(names, str):
+            names = [self.active if names is None else names] * n_rows
+        if len(names) != n_rows:
+            raise ValueError(f"delta_names: expected {n_rows} names, one per row, got {len(names)}")
+        return [None if name == BASE else name for name in names]
+
+    def _install(self, tenant: Tenant) -> None:
+        for path in (*tenant.by_module, *tenant.modules):
+            for wrapped in install(self.model, path):
+                self.wrapped.append(wrapped)
+        for wrapped in self.wrapped:
+            if isinstance(wrapped, LinearForward):
+                wrapped.is_head = wrapped.path == self.site.head
+
+    def _size_vocabulary(self) -> None:
+        """Tells the model how many logits it returns; beam search and losses ask its config."""
+        if self.site.vocabulary is not None and hasattr(self.model.config, "get_text_config"):
+            self.model.config.get_text_config().vocab_size = self.vocabulary
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def merge_and_unload(self, name: str | None = None) -> Any:
+        """The plain model of transformers with one tenant's weights in place; this object is of no use afterwards."""
+        from .saved import merge_into
+
+        return merge_into(self, name or self.active)
+
+    def save_pretrained(self, out_dir: str | os.PathLike[str]) -> None:
+        """Writes the tenants' folders and the name of the base, for `from_pretrained`."""
+        from .saved import save
+
+        save(self, Path(out_dir))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads what `save_pretrained` writes; options are huggingface_hub's (private, token, ...)."""
+        from .saved import push
+
+        return push(self, repo_id, **options)
+
+
+def _count_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """B, of the first input that is a tensor."""
+    for value in (*(kwargs.get(name) for name in INPUTS), *args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.ndim:
+            return len(value)
+    raise ValueError("expected a tensor among the inputs, such as input_ids")
+
+
+def _note_rows(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    batch = current.get()
+    if batch is not None:
+        name = "decoder_input_ids" if kwargs.get("decoder_input_ids") is not None else None
+        batch.rows = len(kwargs[name]) if name else _count_rows(args, kwargs)
+
+

@@ -1,0 +1,400 @@
+"""How a module of the base runs a batch whose rows belong to many tenants.
+
+    linear      the base's own product, whatever module makes it, + every row's delta; Conv1D likewise
+    embedding   the base's rows, those of tenants replaced
+    split       anything else: the batch is cut by tenant, each part runs with the tenant's parameters
+
+`install` gives a module's instance another `forward`; names, parameters and hooks of the model stay. Without a
+batch, or where no tenant of the batch changed the module, the base's own `forward` runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import _C
+from .batch import Batch, current
+from .change import Change, LowRank, Packed
+from .errors import Error
+from .threads import sync
+
+CACHES = {"past_key_values", "past_key_value", "layer_past", "cache_params", "cache"}
+EXPERTS = re.compile(r"(.+)\.experts\.\d+\..+")  # experts see the tokens that the router sends them
+NOTHING = object()  # the plan of a module that no tenant of the batch changed
+
+
+class Wrapped:
+    """A module with another forward.
+
+    Args:
+        module: the base's.
+        path: its name in the model.
+        method: what is replaced.
+    """
+
+    def __init__(self, module: nn.Module, path: str, method: str = "forward") -> None:
+        self.module = module
+        self.path = path
+        self.plain: Callable[..., Any] = getattr(module, method)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        batch = current.get()
+        if batch is None:
+            return self.plain(*args, **kwargs)
+        plan = batch.plans.get(id(self))
+        if plan is None:
+            plan = self.plan(batch) or NOTHING
+            batch.plans[id(self)] = plan
+        if plan is NOTHING:
+            return self.plain(*args, **kwargs)
+        return self.run(plan, batch, *args, **kwargs)
+
+    def plan(self, batch: Batch) -> Any:
+        """What is the same for every call of a batch, or None where there is nothing to do."""
+        raise NotImplementedError
+
+    def run(self, plan: Any, batch: Batch, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def changes(self, batch: Batch) -> list[dict[str, Change]]:
+        """Of each tenant: parameter within the module -> what it becomes."""
+        return [tenant.of(self.path) for tenant in batch.tenants]
+
+
+class LinearPlan:
+    """Deltas of a batch by their number of rows, and what has no kernel.
+
+    kernels   N -> (deltas, look-up tenant -> index in them)
+    rest      (tenant, change): low-rank, whole or converted weights
+    rows      (tenant, N, rows added below)
+    """
+
+    def __init__(self, changes: list[dict[str, Change]], width: int, n: int) -> None:
+        self.width, self.is_ragged = width, width != n
+        self.kernels: dict[tuple[int, int], tuple[list[Any], Any]] = {}
+        self.rest: list[tuple[int, Change]] = []
+        self.rows: list[tuple[int, int, torch.Tensor]] = []
+        self.biases: list[tuple[int, Change]] = []
+        self.ids: dict[tuple[int, int, int], Any] = {}
+        for tenant, own in enumerate(changes):
+            if (bias := own.get("bias")) is not None:
+                self.biases.append((tenant, bias))
+            change = own.get("weight")
+            if isinstance(change, Packed):
+                deltas, index = self.kernels.setdefault(
+                    change.delta.shape, ([], np.full(len(changes) + 1, -1, np.int64))
+                )
+                index[tenant] = len(deltas)
+                deltas.append(change.delta.handle)
+                if change.rows is not None:
+                    self.rows.append((tenant, change.delta.shape[0], change.rows))
+            elif change is not None:
+                self.rest.append((tenant, change))
+
+
+class LinearForward(Wrapped):
+    """y = base(x) + the row's own delta term; output rows that only some have (new tokens) are -inf for the others."""
+
+    is_transposed = False
+    is_head = False  # its output rows are the vocabulary
+
+    def plan(self, batch: Batch) -> LinearPlan | None:
+        changes, n = self.changes(batch), self.n_out
+        width = max(batch.vocabulary or 0, n) if self.is_head else n
+        for own in changes:
+            if (change := own.get("weight")) is not None and not self.is_transposed:
+                width = max(width, change.shape[0])
+        return LinearPlan(changes, width, n) if any(changes) or width != n else None
+
+    @property
+    def n_out(self) -> int:
+        module: Any = self.module
+        return int(module.nf if self.is_transposed else module.out_features)
+
+    def run(self, plan: LinearPlan, batch: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
+        x = args[0] if args else next(iter(kwargs.values()))
+        y: torch.Tensor = self.plain(*args, **kwargs)
+        flat = x.detach().reshape(-1, x.shape[-1])
+        out = y.detach().reshape(-1, y.shape[-1])
+        ids = batch.expand(len(flat), self.path)
+        if plan.is_ragged:
+            out = self._widen(plan, batch, flat, out)
+        for tenant, change in plan.rest:
+            rows = batch.indices(tenant, len(flat), self.path)
+            self._rest(change, flat, out, rows)
+        self._kernels(plan, flat, out, ids)
+        self._biases(plan, batch, out)
+        return out.reshape(*y.shape[:-1], plan.width)
+
+    def _kernels(self, plan: LinearPlan, x: torch.Tensor, out: torch.Tensor, ids: Any) -> None:
+        if plan.kernels:
+            sync()
+        for shape, (deltas, index) in plan.kernels.items():
+            key = (*shape, len(x))
+            if key not in plan.ids:
+                plan.ids[key] = index[ids]
+            if self.is_transposed:
+                term = torch.empty(len(x), shape[1], dtype=torch.float32)
+                _C.linear_transposed(term, x, deltas, plan.ids[key])
+                out += term
+            else:
+                _C.linear_add(out[:, : shape[0]], x, deltas, plan.ids[key])
+
+    def _rest(self, change: Change, x: torch.Tensor, out: torch.Tensor, rows: torch.Tensor) -> None:
+        if not len(rows):
+            return
+        if isinstance(change, LowRank):
+            n = len(change.b)
+            out[rows, :n] = (out[rows, :n] + change.product(x[rows])).to(out.dtype)
+            return
+        weight = change.expand(self.module.weight)
+        weight = weight.T if self.is_transposed else weight
+        product = F.linear(x[rows], weight.to(x.dtype)).to(out.dtype)
+        bias: Any = getattr(self.module, "bias", None)
+        if bias is not None:
+            common = min(len(bias), len(weight))
+            product[:, :common] += bias.detach()[:common].to(out.dtype)
+        out[rows, : len(weight)] = product
+
+    def _widen(
+        self, plan: LinearPlan, batch: Batch, x: torch.Tensor, narrow: torch.Tensor
+    ) -> torch.Tensor:
+        out = narrow.new_full((len(x), plan.width), -torch.inf)
+        out[:, : narrow.shape[1]] = narrow
+        for tenant, n, added in plan.rows:
+            rows = batch.indices(tenant, len(x), self.path)
+            out[rows, n:] = -torch.inf
+            out[rows, n : n + len(added)] = F.linear(x[rows], added.to(x.dtype)).to(out.dtype)
+        return out
+
+    def _biases(self, plan: LinearPlan, batch: Batch, out: torch.Tensor) -> None:
+        base: Any = getattr(self.module, "bias", None)
+        for tenant, change in plan.biases:
+            own = change.expand(base).to(out.dtype).clone()
+            common = min(len(own), len(base))
+            own[:common] -= base.detach()[:common].to(out.dtype)
+            rows = batch.indices(tenant, len(out), self.path)
+            out[rows, : len(own)] += own
+
+
+class Conv1DForward(LinearForward):
+    """transformers' Conv1D keeps its weight as [in, out], so its delta's product is the transposed one."""
+
+    is_transposed = True
+
+
+class EmbeddingForward(Wrapped):
+    """table[token], from the table of the row's own tenant."""
+
+    def plan(self, batch: Batch) -> Any:
+        found = [own.get("weight") for own in self.changes(batch)]
+        if not any(change is not None for change in found):
+            return None
+        base: Any = self.module.weight
+        limits = [len(base) if change is None else change.shape[0] for change in found]
+        return [(i, change) for i, change in enumerate(found) if change], np.array([*limits, len(base)])
+
+    def run(self, plan: Any, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
+        changes, limits = plan
+        table: Any = self.module.weight
+        if len(tokens) == 1 and batch.rows > 1 and not batch.is_uniform and tokens.ndim > 1:
+            tokens = tokens.expand(batch.rows, *tokens.shape[1:])
+        flat = tokens.reshape(-1)
+        ids = batch.expand(len(flat), self.path)
+        self._check(batch, flat, ids, limits)
+        out = F.embedding(flat.clamp(max=len(table) - 1), table.detach())
+        for tenant, change in changes:
+            rows = batch.indices(tenant, len(flat), self.path)
+            out[rows] = change.gather(flat[rows], out[rows]).to(out.dtype)
+        scale: Any = getattr(self.module, "embed_scale", None)
+        if scale is not None:
+            out = out * (scale.to(out.dtype) if isinstance(scale, torch.Tensor) else scale)
+        return out.reshape(*tokens.shape, out.shape[-1])
+
+    def _check(self, batch: Batch, tokens: torch.Tensor, ids: Any, limits: Any) -> None:
+        beyond = np.flatnonzero(tokens.numpy() >= limits[ids])
+        if len(beyond):
+            tenant = ids[beyond[0]]
+            name = "the base" if tenant < 0 else batch.tenants[tenant].name
+            raise IndexError(
+                f"{self.path}: token {int(tokens[beyond[0]])} is not in the vocabulary of {name}, which has "
+                f"{limits[tenant]} tokens"
+            )
+
+
+class SplitForward(Wrapped):
+    """Runs each tenant's rows by themselves: with its parameters, or with a module of its own."""
+
+    has_inner = False  # whether modules inside look at the batch
+
+    def plan(self, batch: Batch) -> Any:
+        targets: dict[int, Callable[..., Any]] = {}
+        for i, (tenant, own) in enumerate(zip(batch.tenants, self.changes(batch), strict=True)):
+            if self.path in tenant.modules:
+                targets[i] = tenant.modules[self.path]
+            elif own:
+                targets[i] = _Shell(self.module, own)
+        return targets if targets or self.has_inner and not batch.is_uniform else None
+
+    def run(self, plan: dict[int, Callable[..., Any]], batch: Batch, *args: Any, **kwargs: Any) -> Any:
+        if batch.is_uniform:
+            return plan.get(batch.present[0], self.plain)(*args, **kwargs)
+        found = []
+        for tenant in batch.present:
+            part = batch.part(tenant)
+            chosen = _rows(args, batch, tenant, self.path), _rows(kwargs, batch, tenant, self.path)
+            token = current.set(part)
+            try:
+                found.append(plan.get(tenant, self.plain)(*chosen[0], **chosen[1]))
+            finally:
+                current.reset(token)
+        return _join(found, batch, self.path)
+
+
+class _Shell:
+    """The module with some parameters replaced; the module itself is not touched, so threads do not meet."""
+
+    def __init__(self, module: nn.Module, changes: dict[str, Change]) -> None:
+        self.module, self.changes = module, changes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        values = {}
+        for name, change in self.changes.items():
+            owner, _, leaf = name.rpartition(".")
+            base = self.module.get_submodule(owner)
+            values[name] = change.expand(getattr(base, leaf))
+        return replaced(self.module, values)(*args, **kwargs)
+
+
+def replaced(module: nn.Module, values: dict[str, torch.Tensor]) -> nn.Module:
+    """A copy that shares everything with the module except these parameters and buffers."""
+    copy: Any = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    copy.__dict__.pop("forward", None)
+    copy._parameters, copy._buffers = dict(module._parameters), dict(module._buffers)
+    inner: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in values.items():
+        child, dot, leaf = name.partition(".")
+        if dot:
+            inner.setdefault(child, {})[leaf] = value
+        else:
+            (copy._parameters if name in copy._parameters else copy._buffers)[name] = value
+    if inner:
+        copy._modules = dict(module._modules)
+        for child, own in inner.items():
+            copy._modules[child] = replaced(module.get_submodule(child), own)
+    return copy  # type: ignore[no-any-return]
+
+
+def _rows(value: Any, batch: Batch, tenant: int, path: str) -> Any:
+    """The tenant's part of an argument; what has no row per batch entry is passed whole."""
+    if isinstance(value, torch.Tensor):
+        if not value.ndim or len(value) % len(batch.ids):
+            return value
+        return value[batch.indices(tenant, len(value), path)]
+    if isinstance(value, dict):
+        return {key: _rows(item, batch, tenant, path) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_rows(item, batch, tenant, path) for item in value)
+    return value
+
+
+def _join(found: list[Any], batch: Batch, path: str) -> Any:
+    """The parts' outputs as one, rows in the order of the batch."""
+    first = found[0]
+    if isinstance(first, torch.Tensor):
+        return _join_tensors(found, batch, path)
+    if isinstance(first, dict):
+        joined = {key: _join([part[key] for part in found], batch, path) for key in first}
+        return type(first)(**joined) if type(first) is not dict else joined
+    if isinstance(first, tuple | list):
+        return type(first)(_join(list(items), batch, path) for items in zip(*found, strict=True))
+    return first
+
+
+def _join_tensors(found: list[torch.Tensor], batch: Batch, path: str) -> torch.Tensor:
+    counts = [int((batch.ids == tenant).sum()) for tenant in batch.present]
+    factors = {len(part) / count if part.ndim else 0 for part, count in zip(found, counts, strict=True)}
+    if len(factors) != 1 or not next(iter(factors)).is_integer() or factors == {0}:
+        if any(not part.ndim or len(part) != 1 for part in found):
+            raise Error(f"{path}: its output has no row per batch entry; it cannot run rows of several tenants")
+        factor = batch.rows // len(batch.ids)
+        found = [
+            part.expand(count * factor, *part.shape[1:]) for part, count in zip(found, counts, strict=True)
+        ]
+    n_rows = sum(len(part) for part in found)
+    out = found[0].new_empty(n_rows, *found[0].shape[1:])
+    for tenant, part in zip(batch.present, found, strict=True):
+        out[batch.indices(tenant, n_rows, path)] = part
+    return out
+
+
+def owner(model: nn.Module, parameter: str) -> str:
+    """The path of the module that uses a parameter in its forward."""
+    path, _, _ = parameter.rpartition(".")
+    parent = path.rpartition(".")[0]
+    if path and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
+        return parent  # it reads the weights of its out_proj itself
+    return path
+
+
+def install(model: nn.Module, path: str) -> Iterator[Wrapped]:
+    """Wraps the module that a tenant changes, and those around it that must know.
+
+    Raises:
+        bitdelta.Error: a module that cannot run rows of several tenants.
+    """
+    module = model.get_submodule(path)
+    if not isinstance(module.__dict__.get("forward"), Wrapped):
+        kind = kind_of(module)
+        if kind is SplitForward:
+            _refuse_cache(module, path)
+        yield _put(kind(module, path))
+    if match := EXPERTS.fullmatch(path):
+        block = model.get_submodule(match[1])
+        if not isinstance(block.__dict__.get("forward"), Wrapped):
+            _refuse_cache(block, match[1])
+            yield _around(SplitForward(block, match[1]), "forward")
+    parent_path = path.rpartition(".")[0]
+    parent = model.get_submodule(parent_path)
+    if hasattr(parent, "compute_bias") and not isinstance(parent.__dict__.get("compute_bias"), Wrapped):
+        yield _around(SplitForward(parent, parent_path, "compute_bias"), "compute_bias")
+
+
+def _put(wrapped: Wrapped, method: str = "forward") -> Wrapped:
+    object.__setattr__(wrapped.module, method, wrapped)
+    return wrapped
+
+
+def _around(wrapped: SplitForward, method: str) -> Wrapped:
+    wrapped.has_inner = True
+    return _put(wrapped, method)
+
+
+def kind_of(module: nn.Module) -> type[Wrapped]:
+    name = type(module).__name__
+    if name == "Conv1D" and hasattr(module, "nf"):
+        return Conv1DForward
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return LinearForward
+    if isinstance(module, nn.Embedding) and module.max_norm is None:
+        if type(module).forward is nn.Embedding.forward or "ScaledWordEmbedding" in name:
+            return EmbeddingForward
+    return SplitForward
+
+
+def _refuse_cache(module: nn.Module, path: str) -> None:
+    held = CACHES.intersection(inspect.signature(type(module).forward).parameters)
+    if held:
+        raise Error(
+            f"{path}: {type(module).__name__} holds changed parameters itself and takes {held.pop()}, so it cannot run "
+            "rows of several tenants; merge the delta instead (bitdelta merge)"
+        )

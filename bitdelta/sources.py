@@ -1,0 +1,99 @@
+"""From a folder to a tenant, and from a config to the class of transformers that runs it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from .checkpoint import Checkpoint
+from .errors import BaseMismatchError, Error
+from .header import read_json
+from .hub import resolve
+from .packfile import Packfile, load
+from .site import Site
+from .tenant import Tenant, changes_of
+from .tenant_config import difference, end_tokens, rotary_modules, tokens
+
+
+def model_class(config: dict[str, Any]) -> Any:
+    """The class that config.json names, else AutoModelForCausalLM."""
+    import transformers
+
+    for name in config.get("architectures") or ():
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    return transformers.AutoModelForCausalLM
+
+
+def tenant_from(
+    name: str,
+    path: str | os.PathLike[str],
+    revision: str | None,
+    site: Site,
+    base: Checkpoint,
+    allow_base: str | None,
+) -> Tenant:
+    """The tenant of a packed delta or of a PEFT LoRA folder."""
+    if allow_base not in (None, "quantized"):
+        raise ValueError(f"allow_base: expected 'quantized' or None, got {allow_base!r}")
+    root = resolve(path, revision).root
+    if (root / "adapter_config.json").is_file():
+        from .lora import lora_tenant
+
+        return lora_tenant(name, root, site)
+    packfile = load(root)
+    if allow_base is None:
+        packfile.check_base(base)
+    else:
+        _check_id(packfile, base)
+    return _packed(name, packfile, site, base)
+
+
+def _check_id(packfile: Packfile, base: Checkpoint) -> None:
+    made_from = packfile.config.get("base", {}).get("id")
+    if made_from is None or made_from != base.id:
+        raise BaseMismatchError(
+            f"{packfile.root} was made from {made_from}, the base is {base.id or base.root}; where the base is "
+            "quantised, their Hub ids must be the same"
+        )
+
+
+def _packed(name: str, packfile: Packfile, site: Site, base: Checkpoint) -> Tenant:
+    files = packfile.files()
+    changes = changes_of(packfile, base, site)
+    changed, own, modules = {}, {}, {}
+    if "config.json" in files:
+        own = read_json(files["config.json"])
+        finetuned = _config(files["config.json"], own)
+        changed = difference(_config(base.files["config.json"], base.config), finetuned)
+        modules = rotary_modules(site.model, finetuned, changed, str(packfile.root))
+        if finetuned.tie_word_embeddings:
+            site.tie_head(changes)
+    head = changes.get(f"{site.head}.weight")
+    generation = site.model.generation_config if hasattr(site.model, "generation_config") else None
+    eos, pad = end_tokens(files, own, generation)
+    return Tenant(
+        name=name,
+        kind="delta",
+        changes=changes,
+        vocabulary=site.vocabulary if head is None else int(head.shape[0]),
+        eos=eos,
+        pad=pad,
+        modules=modules,
+        config=changed,
+        by_module=site.by_module(changes),
+    )
+
+
+def _config(path: Any, text: dict[str, Any]) -> Any:
+    """The config as transformers reads it, so that old and new spellings of a setting are one."""
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(path)
+    except (ValueError, OSError, KeyError) as error:
+        raise Error(f"{path}: transformers cannot read it: {' '.join(str(error).split())[:200]}") from error
+
+
+__all__ = ["end_tokens", "model_class", "tenant_from", "tokens"]

@@ -1,0 +1,101 @@
+"""What a fine-tune's config and generation config mean for its rows in a shared model.
+
+    vocabulary, end and padding tokens   per row
+    rotary embeddings (base, scaling)    per row: the tenant gets rotary modules of its own
+    names, labels, dropout, dtype        no difference to the computation
+    anything else                        refused by name, while `bitdelta merge` accepts it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from .errors import BaseMismatchError
+from .header import read_json
+
+ROTARY = {"rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq", "rotary_emb_base"}
+HARMLESS = {
+    "_name_or_path", "add_cross_attention", "architectures", "attention_dropout", "attn_pdrop", "auto_map",
+    "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "classifier_dropout", "decoder_start_token_id",
+    "dropout", "dropout_rate", "dtype", "embd_pdrop", "eos_token_id", "finetuning_task", "forced_decoder_ids",
+    "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob", "id2label", "initializer_factor",
+    "initializer_range", "is_decoder", "label2id", "layerdrop", "max_position_embeddings", "model_max_length", "name_or_path",
+    "num_labels", "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "pretraining_tp",
+    "problem_type", "quantization_config", "resid_pdrop", "return_dict", "router_aux_loss_coef", "sep_token_id",
+    "summary_first_dropout", "suppress_tokens", "task_specific_params", "tie_word_embeddings", "tokenizer_class",
+    "torch_dtype", "transformers_version", "unk_token_id", "use_cache", "vocab_size",
+    "attention_probs_dropout_prob", "activation_dropout", "output_router_logits", "_attn_implementation",
+}  # fmt: skip
+
+
+def difference(base: Any, finetuned: Any) -> dict[str, Any]:
+    """Keys of two configs of transformers whose values differ; those of nested configs as `part.key`."""
+    return dict(_walk(base.to_dict(), finetuned.to_dict(), ""))
+
+
+def _walk(base: Mapping[str, Any], own: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    found = []
+    for key in {**base, **own}:
+        before, after = base.get(key), own.get(key)
+        if before == after:
+            continue
+        nested = key.endswith("config") and isinstance(before, dict) and isinstance(after, dict)
+        found += _walk(before, after, f"{prefix}{key}.") if nested else [(prefix + key, after)]  # type: ignore[arg-type]
+    return found
+
+
+def rotary_modules(model: Any, finetuned: Any, changed: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The rotary modules of a fine-tune whose config changes them, by path; other changes of the computation are refused.
+
+    Raises:
+        bitdelta.BaseMismatchError: names the first key that cannot apply per row.
+    """
+    keys = {name: name.rpartition(".")[2] for name in changed}
+    for name, key in keys.items():
+        if key not in HARMLESS and key not in ROTARY:
+            raise BaseMismatchError(
+                f"{name}: {where} changes it to {str(changed[name])[:80]}, which cannot apply to some rows of a batch only; "
+                "merge the delta instead: bitdelta merge"
+            )
+    # max_position_embeddings counts only where the scaling depends on it
+    if not any(key in ROTARY or key == "max_position_embeddings" for key in keys.values()):
+        return {}
+    found = {
+        path: module
+        for path, module in model.named_modules()
+        if type(module).__name__.endswith("RotaryEmbedding") and hasattr(module, "config")
+    }
+    rotary = sorted(name for name, key in keys.items() if key in ROTARY)
+    if rotary and not found:
+        raise BaseMismatchError(
+            f"{rotary[0]}: {where} changes it, and the model has no rotary module that could differ by row; merge the "
+            "delta instead: bitdelta merge"
+        )
+    return {path: type(module)(_part(model, module, finetuned)).to(model.device) for path, module in found.items()}
+
+
+def _part(model: Any, module: Any, finetuned: Any) -> Any:
+    """The config, or nested config, that the module was made with, of the fine-tune."""
+    for part in (finetuned, *(getattr(finetuned, name, None) for name in getattr(finetuned, "sub_configs", ()))):
+        if type(part) is type(module.config):
+            own = deepcopy(part)
+            own._attn_implementation = module.config._attn_implementation
+            return own
+    raise BaseMismatchError(f"{type(module).__name__}: the fine-tune's config has no {type(module.config).__name__}")
+
+
+def end_tokens(folder_files: Mapping[str, Path], config: Mapping[str, Any], default: Any) -> tuple[tuple[int, ...], int | None]:
+    """EOS tokens and the padding token: of generation_config.json, else of config.json, else the base's."""
+    found: dict[str, Any] = {}
+    if "generation_config.json" in folder_files:
+        found = read_json(folder_files["generation_config.json"])
+    eos = found.get("eos_token_id", config.get("eos_token_id", getattr(default, "eos_token_id", None)))
+    pad = found.get("pad_token_id", config.get("pad_token_id", getattr(default, "pad_token_id", None)))
+    return tokens(eos), pad
+
+
+def tokens(eos: Any) -> tuple[int, ...]:
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(int(token) for token in eos)
