@@ -64,10 +64,15 @@ __all__ = [
     "verify",
 ]
 
-_LATER = ("DeltaModel", "calibrate", "distill")
+_LAZY = {"DeltaModel": "bitdelta.model"}  # needs PyTorch
+_LATER = ("calibrate", "distill")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
     if name in _LATER:
         raise AttributeError(f"bitdelta.{name} is not part of this version")
     raise AttributeError(f"module 'bitdelta' has no attribute {name!r}")

@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .array import BFloat16Array
 from .delta import Delta
-
-Tensor = torch.Tensor
 
 
 def as_torch(array: Any) -> Tensor:

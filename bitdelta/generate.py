@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .model import DeltaModel
 
 
-class RowEnds(StoppingCriteria):
+class RowEnds(StoppingCriteria):  # type: ignore[misc]
     """A row is done at one of its own end tokens."""
 
     def __init__(self, ends: Sequence[tuple[int, ...]]) -> None:
@@ -47,7 +47,9 @@ def generate(model: DeltaModel, names: Any, *args: Any, **kwargs: Any) -> Any:
         config = deepcopy(config)
         config.eos_token_id, config.pad_token_id = None, next(pad for pad in pads if pad is not None)
         kwargs |= {"generation_config": config, "eos_token_id": None}
-        kwargs["stopping_criteria"] = StoppingCriteriaList([*kwargs.get("stopping_criteria", ()), RowEnds(ends)])
+        kwargs["stopping_criteria"] = StoppingCriteriaList(
+            [*kwargs.get("stopping_criteria", ()), RowEnds(ends)]
+        )
         made = model.model.generate(*args, **kwargs)
         prompt = _prompt_length(model, args, kwargs)
         sequences = made if isinstance(made, torch.Tensor) else made.sequences
@@ -55,13 +57,21 @@ def generate(model: DeltaModel, names: Any, *args: Any, **kwargs: Any) -> Any:
         return made
 
 
-def _ends(batch: Batch, config: Any, kwargs: dict[str, Any]) -> tuple[list[tuple[int, ...]], list[int | None]]:
+def _ends(
+    batch: Batch, config: Any, kwargs: dict[str, Any]
+) -> tuple[list[tuple[int, ...]], list[int | None]]:
     """Per row: end tokens and the padding token; what the caller gives is for all rows."""
     eos, pad = tokens(config.eos_token_id), config.pad_token_id
     ends, pads = [], []
     for i in batch.ids:
         tenant = batch.tenants[i] if i >= 0 else None
-        own = tokens(kwargs["eos_token_id"]) if "eos_token_id" in kwargs else eos if tenant is None else tenant.eos
+        own = (
+            tokens(kwargs["eos_token_id"])
+            if "eos_token_id" in kwargs
+            else eos
+            if tenant is None
+            else tenant.eos
+        )
         filler = kwargs["pad_token_id"] if "pad_token_id" in kwargs else pad if tenant is None else tenant.pad
         ends.append(own)
         pads.append(own[0] if filler is None and own else filler)
@@ -75,9 +85,7 @@ def _prompt_length(model: DeltaModel, args: tuple[Any, ...], kwargs: dict[str, A
     return 0 if prompt is None else int(prompt.shape[1])
 
 
-def _pad(
-    sequences: torch.Tensor, prompt: int, ends: list[tuple[int, ...]], pads: list[int | None]
-) -> None:
+def _pad(sequences: torch.Tensor, prompt: int, ends: list[tuple[int, ...]], pads: list[int | None]) -> None:
     """After a row's end token comes its own padding; in place."""
     factor = len(sequences) // len(ends)
     for row, sequence in enumerate(sequences):

@@ -34,11 +34,13 @@ INPUTS = (
 )  # fmt: skip
 
 
-class DeltaModel(nn.Module):
-    """Args:
-    model: of transformers.
-    base: the folder or Hub id that it was loaded from.
-    max_resident: how many tenants are in memory at once; None: all.
+class DeltaModel(nn.Module):  # type: ignore[misc]
+    """A base model of transformers and its tenants.
+
+    Args:
+        model: of transformers; its modules get another `forward`, its parameters need no gradients any more.
+        base: the folder or Hub id that it was loaded from.
+        max_resident: how many tenants are in memory at once; None: all.
     """
 
     def __init__(self, model: Any, base: str | os.PathLike[str], max_resident: int | None = None) -> None:
@@ -56,7 +58,11 @@ class DeltaModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, base: str | os.PathLike[str], max_resident: int | None = None, revision: str | None = None, **options: Any
+        cls,
+        base: str | os.PathLike[str],
+        max_resident: int | None = None,
+        revision: str | None = None,
+        **options: Any,
     ) -> DeltaModel:
         """Loads the base.
 
@@ -136,13 +142,17 @@ class DeltaModel(nn.Module):
         """The tenants' names."""
         return list(self.sources)
 
-    def forward(self, *args: Any, delta_names: str | Sequence[str | None] | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, *args: Any, delta_names: str | Sequence[str | None] | None = None, **kwargs: Any
+    ) -> Any:
         """The model's forward; `delta_names`: per row a tenant, None or "__base__". One name is for all rows."""
         names = kwargs.pop("adapter_names", None) if delta_names is None else delta_names
         with self.batch(names, _count_rows(args, kwargs)):
             return self.model(*args, **kwargs)
 
-    def generate(self, *args: Any, delta_names: str | Sequence[str | None] | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self, *args: Any, delta_names: str | Sequence[str | None] | None = None, **kwargs: Any
+    ) -> Any:
         """The model's generate; rows of different tenants may end with different tokens."""
         from .generate import generate
 
@@ -229,5 +239,3 @@ def _note_rows(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
     if batch is not None:
         name = "decoder_input_ids" if kwargs.get("decoder_input_ids") is not None else None
         batch.rows = len(kwargs[name]) if name else _count_rows(args, kwargs)
-
-

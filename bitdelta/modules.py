@@ -164,9 +164,7 @@ class LinearForward(Wrapped):
             product[:, :common] += bias.detach()[:common].to(out.dtype)
         out[rows, : len(weight)] = product
 
-    def _widen(
-        self, plan: LinearPlan, batch: Batch, x: torch.Tensor, narrow: torch.Tensor
-    ) -> torch.Tensor:
+    def _widen(self, plan: LinearPlan, batch: Batch, x: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
         out = narrow.new_full((len(x), plan.width), -torch.inf)
         out[:, : narrow.shape[1]] = narrow
         for tenant, n, added in plan.rows:
@@ -291,7 +289,7 @@ def replaced(module: nn.Module, values: dict[str, torch.Tensor]) -> nn.Module:
         copy._modules = dict(module._modules)
         for child, own in inner.items():
             copy._modules[child] = replaced(module.get_submodule(child), own)
-    return copy  # type: ignore[no-any-return]
+    return copy
 
 
 def _rows(value: Any, batch: Batch, tenant: int, path: str) -> Any:
@@ -325,7 +323,9 @@ def _join_tensors(found: list[torch.Tensor], batch: Batch, path: str) -> torch.T
     factors = {len(part) / count if part.ndim else 0 for part, count in zip(found, counts, strict=True)}
     if len(factors) != 1 or not next(iter(factors)).is_integer() or factors == {0}:
         if any(not part.ndim or len(part) != 1 for part in found):
-            raise Error(f"{path}: its output has no row per batch entry; it cannot run rows of several tenants")
+            raise Error(
+                f"{path}: its output has no row per batch entry; it cannot run rows of several tenants"
+            )
         factor = batch.rows // len(batch.ids)
         found = [
             part.expand(count * factor, *part.shape[1:]) for part, count in zip(found, counts, strict=True)

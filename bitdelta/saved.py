@@ -1,7 +1,7 @@
 """A DeltaModel on disk, and a tenant written into the base's own weights.
 
-    OUT/bitdelta_model.json    base: id or folder, revision; deltas: name -> sub-folder
-    OUT/NAME/                  the tenant's packed delta or LoRA adapter, as it was loaded
+OUT/bitdelta_model.json    base: id or folder, revision; deltas: name -> sub-folder
+OUT/NAME/                  the tenant's packed delta or LoRA adapter, as it was loaded
 """
 
 from __future__ import annotations
@@ -40,18 +40,21 @@ def save(model: DeltaModel, out_dir: Path) -> None:
     """Writes the folder; it appears whole or not at all."""
     refuse_existing(out_dir)
     base = model.base
+    folders = {name: f"delta-{i}" for i, name in enumerate(model.deltas)}
     about = {
         "format_version": VERSION,
         "base": base.id or str(base.root.resolve()),
         "revision": base.revision,
-        "deltas": {name: f"delta-{i}" for i, name in enumerate(model.deltas)},
+        "deltas": folders,
     }
     folder = PendingFolder(out_dir)
     try:
         folder.clear()
-        for name, sub in about["deltas"].items():  # type: ignore[union-attr]
+        for name, sub in folders.items():
             shutil.copytree(resolve(model.sources[name]).root, folder.path / sub)
-        (folder.path / FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder.path / FILE).write_text(
+            json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         folder.publish()
     finally:
         folder.discard()
@@ -64,9 +67,15 @@ def read_saved(source: str | os.PathLike[str], revision: str | None) -> Saved | 
         return None
     about = read_json(root / FILE)
     deltas = about.get("deltas")
-    if about.get("format_version") != VERSION or not isinstance(about.get("base"), str) or not isinstance(deltas, dict):
+    if (
+        about.get("format_version") != VERSION
+        or not isinstance(about.get("base"), str)
+        or not isinstance(deltas, dict)
+    ):
         raise FormatError(f"{root / FILE}: expected format_version {VERSION}, base and deltas")
-    return Saved(about["base"], about.get("revision"), {name: inside(root, sub) for name, sub in deltas.items()})
+    return Saved(
+        about["base"], about.get("revision"), {name: inside(root, sub) for name, sub in deltas.items()}
+    )
 
 
 def push(model: DeltaModel, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
@@ -112,7 +121,9 @@ def _replace(base: Any, parameter: str, change: Any, before: torch.Tensor, done:
     path, _, leaf = parameter.rpartition(".")
     module = base.get_submodule(path)
     if not before.is_floating_point():
-        raise Error(f"{parameter}: a quantised weight; merge into the base before it is quantised: bitdelta merge")
+        raise Error(
+            f"{parameter}: a quantised weight; merge into the base before it is quantised: bitdelta merge"
+        )
     value = change.expand(before)
     target = getattr(module, leaf)
     if target.shape == value.shape:

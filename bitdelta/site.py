@@ -72,17 +72,24 @@ class Site:
         """Raises BaseMismatchError where the change has a shape that the module cannot have."""
         path, local = self.owner(parameter)
         module = self.model.get_submodule(path)
-        base, own = self._shape(parameter, module, local), change.shape
+        base, own = self.shape(parameter), change.shape
         if base == own:
             return
         rows_may_differ = issubclass(kind_of(module), LinearForward | EmbeddingForward) or local == "bias"
         if base[1:] != own[1:] or len(base) != len(own) or not rows_may_differ:
-            raise BaseMismatchError(f"{parameter}: expected {list(base)} as in the model, {where} has {list(own)}")
+            raise BaseMismatchError(
+                f"{parameter}: expected {list(base)} as in the model, {where} has {list(own)}"
+            )
         if isinstance(change, Packed) and change.delta.shape[0] > base[0]:
-            raise BaseMismatchError(f"{parameter}: a delta of {change.delta.shape[0]} rows, the model has {base[0]}")
+            raise BaseMismatchError(
+                f"{parameter}: a delta of {change.delta.shape[0]} rows, the model has {base[0]}"
+            )
 
-    def _shape(self, parameter: str, module: Any, local: str) -> tuple[int, ...]:
-        if local == "weight" and hasattr(module, "in_features"):  # quantised weights have other shapes
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        """A parameter's shape; of a weight that is quantised, what it stands for."""
+        path, _, leaf = parameter.rpartition(".")
+        module = self.model.get_submodule(path)
+        if leaf == "weight" and hasattr(module, "in_features"):
             return module.out_features, module.in_features
         return tuple(self.parameters[parameter].shape)
 

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from .change import Change, Converted, Packed, Stack, Whole, as_torch
@@ -58,7 +58,9 @@ class Tenant:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of signs, scales and whole tensors; tied ones count once."""
-        return sum(change.nbytes for change in {id(change): change for change in self.changes.values()}.values())
+        return sum(
+            change.nbytes for change in {id(change): change for change in self.changes.values()}.values()
+        )
 
 
 def changes_of(packfile: Packfile, base: Checkpoint, site: Site) -> dict[str, Change]:
@@ -81,7 +83,9 @@ def changes_of(packfile: Packfile, base: Checkpoint, site: Site) -> dict[str, Ch
     site.share(changes, set(mapped.parameters.values()))
     for name, parameter in site.mapping.map(packfile.config.get("absent", [])).parameters.items():
         if parameter not in changes and not site.is_tied(parameter):
-            raise BaseMismatchError(f"{name}: the model needs it, the fine-tune {packfile.root} does not have it")
+            raise BaseMismatchError(
+                f"{name}: the model needs it, the fine-tune {packfile.root} does not have it"
+            )
     for parameter, change in changes.items():
         site.check(parameter, change, str(packfile.root))
     return changes
@@ -119,9 +123,13 @@ def _converted(packfile: Packfile, base: Checkpoint, conversion: Conversion) -> 
 
     nbytes = sum(change.nbytes for change in changed.values() if change is not None)
     return {
-        target: Converted(lambda target=target: conversion.run(tensor)[target], tuple(made.shape), nbytes)
+        target: Converted(partial(_run, conversion, tensor, target), tuple(made.shape), nbytes)
         for target, made in conversion.run(empty).items()
     }
+
+
+def _run(conversion: Conversion, tensor: Callable[[str], Any], target: str) -> Any:
+    return conversion.run(tensor)[target]
 
 
 @dataclass

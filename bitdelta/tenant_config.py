@@ -1,9 +1,9 @@
 """What a fine-tune's config and generation config mean for its rows in a shared model.
 
-    vocabulary, end and padding tokens   per row
-    rotary embeddings (base, scaling)    per row: the tenant gets rotary modules of its own
-    names, labels, dropout, dtype        no difference to the computation
-    anything else                        refused by name, while `bitdelta merge` accepts it
+vocabulary, end and padding tokens   per row
+rotary embeddings (base, scaling)    per row: the tenant gets rotary modules of its own
+names, labels, dropout, dtype        no difference to the computation
+anything else                        refused by name, while `bitdelta merge` accepts it
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from .header import read_json
 
 ROTARY = {"rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq", "rotary_emb_base"}
 HARMLESS = {
-    "_name_or_path", "add_cross_attention", "architectures", "attention_dropout", "attn_pdrop", "auto_map",
-    "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "classifier_dropout", "decoder_start_token_id",
-    "dropout", "dropout_rate", "dtype", "embd_pdrop", "eos_token_id", "finetuning_task", "forced_decoder_ids",
+    "_attn_implementation", "_name_or_path", "activation_dropout", "add_cross_attention", "architectures",
+    "attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "auto_map", "begin_suppress_tokens",
+    "bos_token_id", "chunk_size_feed_forward", "classifier_dropout", "decoder_start_token_id", "dropout",
+    "dropout_rate", "dtype", "embd_pdrop", "eos_token_id", "finetuning_task", "forced_decoder_ids",
     "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob", "id2label", "initializer_factor",
-    "initializer_range", "is_decoder", "label2id", "layerdrop", "max_position_embeddings", "model_max_length", "name_or_path",
-    "num_labels", "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "pretraining_tp",
-    "problem_type", "quantization_config", "resid_pdrop", "return_dict", "router_aux_loss_coef", "sep_token_id",
-    "summary_first_dropout", "suppress_tokens", "task_specific_params", "tie_word_embeddings", "tokenizer_class",
-    "torch_dtype", "transformers_version", "unk_token_id", "use_cache", "vocab_size",
-    "attention_probs_dropout_prob", "activation_dropout", "output_router_logits", "_attn_implementation",
+    "initializer_range", "is_decoder", "label2id", "layerdrop", "max_position_embeddings", "model_max_length",
+    "name_or_path", "num_labels", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
+    "prefix", "pretraining_tp", "problem_type", "quantization_config", "resid_pdrop", "return_dict",
+    "router_aux_loss_coef", "sep_token_id", "summary_first_dropout", "suppress_tokens", "task_specific_params",
+    "tie_word_embeddings", "tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
+    "vocab_size",
 }  # fmt: skip
 
 
@@ -37,7 +38,7 @@ def difference(base: Any, finetuned: Any) -> dict[str, Any]:
 
 
 def _walk(base: Mapping[str, Any], own: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    found = []
+    found: list[tuple[str, Any]] = []
     for key in {**base, **own}:
         before, after = base.get(key), own.get(key)
         if before == after:
@@ -48,7 +49,7 @@ def _walk(base: Mapping[str, Any], own: Mapping[str, Any], prefix: str) -> list[
 
 
 def rotary_modules(model: Any, finetuned: Any, changed: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The rotary modules of a fine-tune whose config changes them, by path; other changes of the computation are refused.
+    """The rotary modules of a fine-tune whose config changes them, by path; other changes are refused.
 
     Raises:
         bitdelta.BaseMismatchError: names the first key that cannot apply per row.
@@ -57,8 +58,8 @@ def rotary_modules(model: Any, finetuned: Any, changed: Mapping[str, Any], where
     for name, key in keys.items():
         if key not in HARMLESS and key not in ROTARY:
             raise BaseMismatchError(
-                f"{name}: {where} changes it to {str(changed[name])[:80]}, which cannot apply to some rows of a batch only; "
-                "merge the delta instead: bitdelta merge"
+                f"{name}: {where} changes it to {str(changed[name])[:80]}, which cannot apply to some rows of a batch "
+                "only; merge the delta instead: bitdelta merge"
             )
     # max_position_embeddings counts only where the scaling depends on it
     if not any(key in ROTARY or key == "max_position_embeddings" for key in keys.values()):
@@ -74,20 +75,29 @@ def rotary_modules(model: Any, finetuned: Any, changed: Mapping[str, Any], where
             f"{rotary[0]}: {where} changes it, and the model has no rotary module that could differ by row; merge the "
             "delta instead: bitdelta merge"
         )
-    return {path: type(module)(_part(model, module, finetuned)).to(model.device) for path, module in found.items()}
+    return {
+        path: type(module)(_part(model, module, finetuned)).to(model.device) for path, module in found.items()
+    }
 
 
 def _part(model: Any, module: Any, finetuned: Any) -> Any:
     """The config, or nested config, that the module was made with, of the fine-tune."""
-    for part in (finetuned, *(getattr(finetuned, name, None) for name in getattr(finetuned, "sub_configs", ()))):
+    for part in (
+        finetuned,
+        *(getattr(finetuned, name, None) for name in getattr(finetuned, "sub_configs", ())),
+    ):
         if type(part) is type(module.config):
             own = deepcopy(part)
             own._attn_implementation = module.config._attn_implementation
             return own
-    raise BaseMismatchError(f"{type(module).__name__}: the fine-tune's config has no {type(module.config).__name__}")
+    raise BaseMismatchError(
+        f"{type(module).__name__}: the fine-tune's config has no {type(module.config).__name__}"
+    )
 
 
-def end_tokens(folder_files: Mapping[str, Path], config: Mapping[str, Any], default: Any) -> tuple[tuple[int, ...], int | None]:
+def end_tokens(
+    folder_files: Mapping[str, Path], config: Mapping[str, Any], default: Any
+) -> tuple[tuple[int, ...], int | None]:
     """EOS tokens and the padding token: of generation_config.json, else of config.json, else the base's."""
     found: dict[str, Any] = {}
     if "generation_config.json" in folder_files:
