@@ -1,7 +1,7 @@
 /* kernels.h - the table of inner loops that an instruction set fills; one file per set.
  *
- * linear.c and delta.c hold the definitions, the loops over rows, planes and threads, and the scalar
- * kernels; linear_avx2.c, linear_avx512.c, linear_amx.c, delta_avx2.c, ... replace single entries.
+ * linear.c and delta.c hold the loops over rows, planes and threads; linear_generic.c and delta_generic.c
+ * the scalar kernels; linear_avx2.c, linear_avx512.c, delta_avx2.c, ... replace single entries.
  * Every entry is exact: same bits as the scalar one (only `stream_rows` is a float sum of free order). */
 #ifndef BITDELTA_KERNELS_H_
 #define BITDELTA_KERNELS_H_
