@@ -30,7 +30,7 @@ def test_every_case_of_the_goals_is_measured_or_named(report):
     )
     assert {row["rows"] for row in report["rows"] if row["kind"] == "delta"} == {1, 4, 16, 64}
     assert {row["threads"] for row in report["rows"] if "threads" in row} == {1, machine.cores()}
-    timed = {row["variant"] for row in report["rows"] if row["kind"] == "delta"}
+    timed = {row["variant"] for row in report["rows"] if row["kind"] == "delta" and row["rows"] == 1}
     assert timed == {name for name in _C.isas() if "emulated" not in name}
     assert "amx" in timed or any("no AMX" in line for line in report["not_measured"])
 
@@ -100,7 +100,7 @@ def test_cases_are_interleaved_and_rotate():
         "a": timing.Case(lambda turn: seen.append(("a", turn)), 1, _C.isa()),
         "b": timing.Case(lambda turn: seen.append(("b", turn)), 1, _C.isa()),
     }
-    samples = timing.interleaved(cases, 0.0, min_rounds=3)
+    samples = timing.interleaved(cases, 0.0, min_rounds=3)  # no time: the least number of rounds
     assert samples["a"].calls == samples["b"].calls == 3 * timing.BURST
     assert [turn for name, turn in seen if name == "a"] == list(range(1, 3 + 3 * (timing.BURST + 1)))
     names = "".join(name for name, _ in seen[4:])

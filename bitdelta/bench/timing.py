@@ -49,7 +49,7 @@ class Sample:
 
 
 def interleaved(cases: Mapping[Key, Case], seconds: float, min_rounds: int) -> dict[Key, Sample]:
-    """Times all cases for about `seconds` together."""
+    """Times all cases for about `seconds` together; a slow case sits out some of the rounds."""
     turns = dict.fromkeys(cases, 0)
     times: dict[Key, list[float]] = {key: [] for key in cases}
 
@@ -59,13 +59,19 @@ def interleaved(cases: Mapping[Key, Case], seconds: float, min_rounds: int) -> d
 
     estimates = {key: min(call(key), call(key)) for key in cases}
     bursts = {key: BURST if estimate < SHORT else 1 for key, estimate in estimates.items()}
-    a_round = sum(estimates[key] * (burst + (burst > 1)) for key, burst in bursts.items())
-    rounds = max(min_rounds, min(MAX_ROUNDS, int(seconds / max(a_round, 1e-9))))
+    share = seconds / len(cases)
+    rounds = {
+        key: max(min_rounds, min(MAX_ROUNDS, int(share / (estimates[key] * (burst + (burst > 1))))))
+        for key, burst in bursts.items()
+    }
+    most = max(rounds.values())
     is_enabled = gc.isenabled()
     gc.disable()
     try:
-        for _ in range(rounds):
+        for turn in range(most):
             for key, burst in bursts.items():
+                if (turn + 1) * rounds[key] // most == turn * rounds[key] // most:
+                    continue
                 if burst > 1:
                     call(key)  # wakes the threads this case uses, after another one's
                 times[key] += [call(key) for _ in range(burst)]
@@ -76,10 +82,10 @@ def interleaved(cases: Mapping[Key, Case], seconds: float, min_rounds: int) -> d
 
 
 def fastest(cases: Mapping[Key, Case], factor: float) -> dict[Key, Case]:
-    """The cases that a trial shows within `factor` of the fastest one."""
+    """The cases that three trials show within `factor` of the fastest one."""
     for case in cases.values():
         case.seconds(0)  # the first call is slower than the rest
-    seconds = {key: case.seconds(1) for key, case in cases.items()}
+    seconds = {key: min(case.seconds(turn) for turn in (1, 2, 3)) for key, case in cases.items()}
     limit = factor * min(seconds.values())
     return {key: case for key, case in cases.items() if seconds[key] <= limit}
 
