@@ -127,7 +127,8 @@ def test_no_writable_data_but_tables_of_python():
     ours = {name.partition(".")[0] for name in found if not name.startswith("_")}
     of_python = {
         "module_def", "module_functions", "module_slots", "delta_spec", "delta_slots", "delta_getset",
-        "delta_functions", "calibrate_functions", "product_functions", "byte_functions", "PyArray_API", "PyArray_RUNTIME_VERSION",
+        "delta_functions", "calibrate_functions", "product_functions", "byte_functions",
+        "PyArray_API", "PyArray_RUNTIME_VERSION",
         "PyArray_FeatureVersion", "completed",
     }  # fmt: skip
     of_dispatch = {"SETS", "tables", "names", "once", "amx_permitted", "amx_once"}  # filled once
