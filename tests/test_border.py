@@ -20,7 +20,7 @@ from dlpack_producer import (
     aligned,
     make_exchange_class,
 )
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bitdelta
@@ -508,7 +508,7 @@ ANYTHING = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_no_wrong_argument_crashes(data):
     function = data.draw(st.sampled_from(sorted(set(ARGUMENTS) - {"set_num_threads"})))

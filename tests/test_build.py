@@ -1,0 +1,125 @@
+"""The build: what the sdist holds, that it builds alone, what `python -m bitdelta` prints or asks for."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from bitdelta import _C
+
+ROOT = Path(__file__).parent.parent
+IGNORED = shutil.ignore_patterns(
+    "__pycache__", "*.so", "*.egg-info", "build", "dist", ".git", ".*_cache", ".hypothesis"
+)
+
+
+def run(*command, cwd, **environment):
+    environment = {**os.environ, "PYTHONPATH": "", **environment}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=500,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """The unpacked sdist of a clean copy of this tree."""
+    folder = tmp_path_factory.mktemp("sdist")
+    shutil.copytree(ROOT, folder / "tree", ignore=IGNORED)
+    command = "from setuptools.build_meta import build_sdist; build_sdist('..')"
+    done = run("-c", command, cwd=folder / "tree")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (archive,) = folder.glob("bitdelta-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder)
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+def test_the_sdist_holds_the_sources(sdist):
+    wanted = [
+        path for folder in ("csrc", "kernels", "bitdelta", "tests") for path in (ROOT / folder).rglob("*")
+    ]
+    wanted += [ROOT / name for name in ("README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "setup.py")]
+    ends = {
+        ".c",
+        ".h",
+        ".cu",
+        ".cuh",
+        ".py",
+        ".pyi",
+        ".typed",
+        ".sh",
+        ".md",
+        ".toml",
+        ".safetensors",
+        ".json",
+        "",
+    }
+    names = {path.relative_to(ROOT) for path in wanted if path.is_file() and path.suffix in ends}
+    names = {
+        name
+        for name in names
+        if not any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+    }
+    assert sorted(str(name) for name in names if not (sdist / name).is_file()) == []
+
+
+def test_the_sdist_holds_no_build_products(sdist):
+    found = [path for path in sdist.rglob("*") if path.suffix in (".so", ".pyc", ".o")]
+    assert found == []
+
+
+@pytest.mark.skipif(
+    _C.build_info()["sanitize"], reason="builds without the sanitizers, which are preloaded here"
+)
+def test_the_sdist_installs_and_runs_elsewhere(sdist, tmp_path):
+    target = tmp_path / "installed"
+    done = run(
+        "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index", "--target", target, sdist,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {"py.typed", "_C.pyi"} <= {path.name for path in (target / "bitdelta").iterdir()}
+    done = run("-m", "bitdelta", cwd=tmp_path, PYTHONPATH=str(target), BITDELTA_NUM_THREADS="3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert str(target) in lines["bitdelta"]
+    assert lines["threads"] == "3 (from BITDELTA_NUM_THREADS=3)"
+    assert lines["cuda"].startswith("not built: ")
+
+
+def test_the_diagnosis_names_everything():
+    done = run(
+        "-m", "bitdelta", cwd=ROOT, PYTHONPATH=str(ROOT), BITDELTA_ISA="generic", BITDELTA_NUM_THREADS=""
+    )
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert {"bitdelta", "python", "numpy", "torch", "cpu", "compiler", "isa", "threads", "cuda"} <= set(lines)
+    assert lines["isa"].startswith("generic (here: ")
+    assert "BITDELTA_ISA=generic" in lines["isa"]
+    assert "from the affinity mask" in lines["threads"]
+    assert "-std=c11" in lines["compiler"]
+
+
+def test_a_tree_without_a_build_says_what_to_type(tmp_path):
+    shutil.copytree(ROOT / "bitdelta", tmp_path / "bitdelta", ignore=IGNORED)
+    for command in (["-c", "import bitdelta"], ["-m", "bitdelta"]):
+        done = run(*command, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+        assert done.returncode != 0
+        assert "pip install -e ." in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_a_build_that_insists_on_cuda_fails_at_once(sdist):
+    done = run("setup.py", "build_ext", cwd=sdist, BITDELTA_CUDA="1")
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("bitdelta: BITDELTA_CUDA=1, but cuda: not built: ")
+
+
+def test_the_build_never_imports_torch(sdist, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    done = run("setup.py", "--version", cwd=sdist, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
