@@ -49,7 +49,8 @@ def lora_tenant(name: str, root: Path, site: Site) -> Tenant:
     for parameter, tensor in whole.items():
         if parameter not in site.parameters:
             raise BaseMismatchError(f"{parameter}: {root} has it, the model has no such parameter")
-        changes[parameter] = Whole(tensor)
+        adapted = changes.get(parameter)  # PEFT saves embeddings and heads that it adapts with their adapter
+        changes[parameter] = Whole(tensor if adapted is None else adapted.expand(tensor))
         site.check(parameter, changes[parameter], str(root))
     head = changes.get(f"{site.head}.weight")
     generation = getattr(site.model, "generation_config", None)

@@ -51,7 +51,8 @@ class Wrapped:
             return self.plain(*args, **kwargs)
         plan = batch.plans.get(id(self))
         if plan is None:
-            plan = self.plan(batch) or NOTHING
+            plan = self.plan(batch)
+            plan = NOTHING if plan is None else plan
             batch.plans[id(self)] = plan
         if plan is NOTHING:
             return self.plain(*args, **kwargs)
@@ -75,6 +76,7 @@ class LinearPlan:
     kernels   N -> (deltas, look-up tenant -> index in them)
     rest      (tenant, change): low-rank, whole or converted weights
     rows      (tenant, N, rows added below)
+    sizes     (tenant, output rows) where not all have the same
     """
 
     def __init__(self, changes: list[dict[str, Change]], width: int, n: int) -> None:
@@ -82,12 +84,15 @@ class LinearPlan:
         self.kernels: dict[tuple[int, int], tuple[list[Any], Any]] = {}
         self.rest: list[tuple[int, Change]] = []
         self.rows: list[tuple[int, int, torch.Tensor]] = []
+        self.sizes: list[tuple[int, int]] = []
         self.biases: list[tuple[int, Change]] = []
         self.ids: dict[tuple[int, int, int], Any] = {}
         for tenant, own in enumerate(changes):
             if (bias := own.get("bias")) is not None:
                 self.biases.append((tenant, bias))
             change = own.get("weight")
+            if change is not None and self.is_ragged:
+                self.sizes.append((tenant, change.shape[0]))
             if isinstance(change, Packed):
                 deltas, index = self.kernels.setdefault(
                     change.delta.shape, ([], np.full(len(changes) + 1, -1, np.int64))
@@ -167,9 +172,10 @@ class LinearForward(Wrapped):
     def _widen(self, plan: LinearPlan, batch: Batch, x: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
         out = narrow.new_full((len(x), plan.width), -torch.inf)
         out[:, : narrow.shape[1]] = narrow
+        for tenant, size in plan.sizes:
+            out[batch.indices(tenant, len(x), self.path), size:] = -torch.inf
         for tenant, n, added in plan.rows:
             rows = batch.indices(tenant, len(x), self.path)
-            out[rows, n:] = -torch.inf
             out[rows, n : n + len(added)] = F.linear(x[rows], added.to(x.dtype)).to(out.dtype)
         return out
 
@@ -203,8 +209,8 @@ class EmbeddingForward(Wrapped):
     def run(self, plan: Any, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
         changes, limits = plan
         table: Any = self.module.weight
-        if len(tokens) == 1 and batch.rows > 1 and not batch.is_uniform and tokens.ndim > 1:
-            tokens = tokens.expand(batch.rows, *tokens.shape[1:])
+        if not batch.is_uniform and _are_positions(tokens, batch.rows):
+            tokens = tokens.expand(batch.rows, tokens.shape[-1])
         flat = tokens.reshape(-1)
         ids = batch.expand(len(flat), self.path)
         self._check(batch, flat, ids, limits)
@@ -226,6 +232,13 @@ class EmbeddingForward(Wrapped):
                 f"{self.path}: token {int(tokens[beyond[0]])} is not in the vocabulary of {name}, which has "
                 f"{limits[tenant]} tokens"
             )
+
+
+def _are_positions(tokens: torch.Tensor, rows: int) -> bool:
+    """Whether these are the same for every row: [1, L], or [L] that count up."""
+    if tokens.ndim == 1:
+        return len(tokens) != rows or bool((tokens.diff() == 1).all())
+    return tokens.ndim == 2 and len(tokens) == 1 and rows > 1
 
 
 class SplitForward(Wrapped):
@@ -254,7 +267,13 @@ class SplitForward(Wrapped):
                 found.append(plan.get(tenant, self.plain)(*chosen[0], **chosen[1]))
             finally:
                 current.reset(token)
+        if isinstance(self.module, nn.Embedding) and found[0].ndim == 2 and _first(args, kwargs).ndim > 1:
+            found = [part[None] for part in found]  # positions [L, K], the same for all rows of a tenant
         return _join(found, batch, self.path)
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
 
 
 class _Shell:

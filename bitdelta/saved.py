@@ -97,7 +97,7 @@ def merge_into(model: DeltaModel, name: str | None) -> Any:
     site, base = model.site, model.model
     if name is not None:
         with model.pool.use([name]) as (tenant,), torch.no_grad():
-            if tenant.vocabulary != site.vocabulary:
+            if tenant.vocabulary is not None and tenant.vocabulary != site.vocabulary:
                 base.resize_token_embeddings(tenant.vocabulary, mean_resizing=False)
             done: set[int] = set()
             for parameter, change in tenant.changes.items():
@@ -106,6 +106,8 @@ def merge_into(model: DeltaModel, name: str | None) -> Any:
                 base.set_submodule(path, own)
             for key, value in tenant.config.items():
                 _set(base.config, key, value)
+            if tenant.vocabulary is not None:
+                base.config.get_text_config().vocab_size = tenant.vocabulary
             base.generation_config.eos_token_id = list(tenant.eos) or None
             base.generation_config.pad_token_id = tenant.pad
     for wrapped in model.wrapped:
@@ -113,7 +115,8 @@ def merge_into(model: DeltaModel, name: str | None) -> Any:
             if found is wrapped:
                 object.__delattr__(wrapped.module, method)
     for other in model.deltas:
-        model.unload_delta(other)
+        model.pool.unload(other)
+    model.sources.clear()
     return base
 
 

@@ -12,7 +12,7 @@ from .hub import resolve
 from .packfile import Packfile, load
 from .site import Site
 from .tenant import Tenant, changes_of
-from .tenant_config import difference, end_tokens, rotary_modules, tokens
+from .tenant_config import difference, end_tokens, rotary_modules
 
 
 def model_class(config: dict[str, Any]) -> Any:
@@ -61,18 +61,19 @@ def _check_id(packfile: Packfile, base: Checkpoint) -> None:
 
 def _packed(name: str, packfile: Packfile, site: Site, base: Checkpoint) -> Tenant:
     files = packfile.files()
-    changes = changes_of(packfile, base, site)
-    changed, own, modules = {}, {}, {}
+    changed: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    modules: dict[str, Any] = {}
+    is_tied = False
     if "config.json" in files:
         own = read_json(files["config.json"])
-        finetuned = _config(files["config.json"], own)
-        changed = difference(_config(base.files["config.json"], base.config), finetuned)
+        finetuned = _config(files["config.json"])
+        changed = difference(_config(base.files["config.json"]), finetuned)
         modules = rotary_modules(site.model, finetuned, changed, str(packfile.root))
-        if finetuned.tie_word_embeddings:
-            site.tie_head(changes)
+        is_tied = bool(finetuned.tie_word_embeddings)
+    changes = changes_of(packfile, base, site, is_tied)
     head = changes.get(f"{site.head}.weight")
-    generation = site.model.generation_config if hasattr(site.model, "generation_config") else None
-    eos, pad = end_tokens(files, own, generation)
+    eos, pad = end_tokens(files, own, getattr(site.model, "generation_config", None))
     return Tenant(
         name=name,
         kind="delta",
@@ -86,7 +87,7 @@ def _packed(name: str, packfile: Packfile, site: Site, base: Checkpoint) -> Tena
     )
 
 
-def _config(path: Any, text: dict[str, Any]) -> Any:
+def _config(path: Any) -> Any:
     """The config as transformers reads it, so that old and new spellings of a setting are one."""
     import transformers
 
@@ -94,6 +95,3 @@ def _config(path: Any, text: dict[str, Any]) -> Any:
         return transformers.AutoConfig.from_pretrained(path)
     except (ValueError, OSError, KeyError) as error:
         raise Error(f"{path}: transformers cannot read it: {' '.join(str(error).split())[:200]}") from error
-
-
-__all__ = ["end_tokens", "model_class", "tenant_from", "tokens"]

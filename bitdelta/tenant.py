@@ -63,8 +63,8 @@ class Tenant:
         )
 
 
-def changes_of(packfile: Packfile, base: Checkpoint, site: Site) -> dict[str, Change]:
-    """What a packed delta makes of the model's parameters.
+def changes_of(packfile: Packfile, base: Checkpoint, site: Site, is_tied: bool = False) -> dict[str, Change]:
+    """What a packed delta makes of the model's parameters; `is_tied`: its head is its embeddings.
 
     Raises:
         bitdelta.BaseMismatchError: a tensor that the model does not have, or that the fine-tune lacks.
@@ -81,6 +81,8 @@ def changes_of(packfile: Packfile, base: Checkpoint, site: Site) -> dict[str, Ch
     for conversion in mapped.conversions:
         changes.update(_converted(packfile, base, conversion))
     site.share(changes, set(mapped.parameters.values()))
+    if is_tied:
+        site.tie_head(changes)
     for name, parameter in site.mapping.map(packfile.config.get("absent", [])).parameters.items():
         if parameter not in changes and not site.is_tied(parameter):
             raise BaseMismatchError(

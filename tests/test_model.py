@@ -4,6 +4,8 @@ import pytest
 import torch
 from models import llama_config, make, merged
 
+import bitdelta
+from bitdelta.errors import BaseMismatchError, Error, FormatError
 from bitdelta.model import DeltaModel
 
 NAMES = ["t0", None, "t1", "__base__", "t0"]
@@ -63,3 +65,163 @@ def test_greedy_tokens_of_every_row_are_those_of_its_merged_model(llama):
         wanted = generated(plain[who], ids[row : row + 1])[0]
         assert found[row, : len(wanted)].tolist() == wanted.tolist()
         assert (found[row, len(wanted) :] == 0).all()  # the padding token
+
+
+def test_left_padding_leaves_every_row_as_it_is_alone(llama):
+    _, model, plain = llama
+    ids, mask = tokens(5, 9), torch.ones(5, 9, dtype=torch.long)
+    for row in range(5):
+        ids[row, :row], mask[row, :row] = 0, 0
+    found = generated(model, ids, attention_mask=mask, delta_names=NAMES)
+    for row, who in enumerate(WHO):
+        wanted = generated(plain[who], ids[row : row + 1, row:])[0]
+        assert found[row, : len(wanted)].tolist() == wanted.tolist()
+
+
+@torch.no_grad()
+def test_a_cache_filled_step_by_step_gives_the_logits_of_one_pass(llama):
+    _, model, _ = llama
+    ids = tokens(5)
+    whole = model(ids, delta_names=NAMES).logits
+    cache = model(ids[:, :4], delta_names=NAMES, use_cache=True).past_key_values
+    for i in range(4, 7):
+        step = model(ids[:, i : i + 1], delta_names=NAMES, past_key_values=cache, use_cache=True)
+        cache = step.past_key_values
+        assert_near(step.logits[:, 0], whole[:, i])
+
+
+def test_beams_of_every_row_are_those_of_its_merged_model(llama):
+    _, model, plain = llama
+    ids = tokens(5)
+    options = {"num_beams": 3, "num_return_sequences": 2}
+    found = generated(model, ids, delta_names=NAMES, **options)
+    for row, who in enumerate(WHO):
+        wanted = generated(plain[who], ids[row : row + 1], **options)
+        for own, alone in zip(found[2 * row : 2 * row + 2], wanted, strict=True):
+            length = int((alone != 0).sum())
+            assert own[:length].tolist() == alone[:length].tolist() and (own[length:] == 0).all()
+
+
+def test_sampled_rows_are_drawn_from_their_tenants_distribution(llama):
+    _, model, plain = llama
+    ids = tokens(5)
+    options = {"do_sample": True, "top_k": 5, "max_new_tokens": 1, "num_return_sequences": 3}
+    found = generated(model, ids, delta_names=NAMES, **options)
+    assert len(found) == 15
+    for row, who in enumerate(WHO):
+        with torch.no_grad():
+            likely = plain[who](ids[row : row + 1]).logits[0, -1].topk(5).indices
+        assert set(found[3 * row : 3 * row + 3, 0].tolist()) <= set(likely.tolist())
+
+
+@torch.no_grad()
+def test_set_delta_names_the_rows_that_name_none(llama):
+    _, model, _ = llama
+    ids = tokens(2)
+    wanted = model(ids, delta_names="t1").logits
+    assert not torch.equal(model(ids).logits, wanted)
+    model.set_delta("t1")
+    assert torch.equal(model(ids).logits, wanted)
+    assert torch.equal(model(ids, delta_names="__base__").logits, model(ids, delta_names=[None] * 2).logits)
+    model.set_delta(None)
+    assert not torch.equal(model(ids).logits, wanted)
+
+
+@torch.no_grad()
+def test_wrong_input_is_refused_by_name_and_the_model_goes_on(llama):
+    root, model, _ = llama
+    ids = tokens(3)
+    before = model(ids, delta_names=["t0", "t1", None]).logits
+    with pytest.raises(ValueError, match="expected 3 names, one per row, got 2"):
+        model(ids, delta_names=["t0", "t1"])
+    with pytest.raises(KeyError, match="t7: no such delta; loaded: t0, t1"):
+        model.generate(ids, delta_names=["t0", "t7", None])
+    with pytest.raises(KeyError, match="t7"):
+        model.set_delta("t7")
+    with pytest.raises(KeyError, match="t7"):
+        model.unload_delta("t7")
+    with pytest.raises(ValueError, match="t0: a delta of this name is loaded"):
+        model.load_delta("t0", root / "delta-1")
+    with pytest.raises(ValueError, match="__base__"):
+        model.load_delta("__base__", root / "delta-1")
+    with pytest.raises(Error, match="no such folder"):
+        model.load_delta("new", root / "nowhere")
+    with pytest.raises(FormatError, match="not a packed delta"):
+        model.load_delta("new", root / "base")
+    assert model.deltas == ["t0", "t1"]
+    assert torch.equal(model(ids, delta_names=["t0", "t1", None]).logits, before)
+
+
+def test_the_delta_of_another_base_is_refused(llama, tmp_path):
+    root, model, _ = llama
+    make(tmp_path, llama_config(), tenants=1, seed=5)
+    with pytest.raises(BaseMismatchError, match=r"weight: .* (has other values|has no such tensor)"):
+        model.load_delta("other", tmp_path / "delta-0")
+    assert model.deltas == ["t0", "t1"]
+
+
+@torch.no_grad()
+def test_merge_and_unload_gives_the_plain_merged_model(llama):
+    root, _, plain = llama
+    ids = tokens(2)
+    model = load(root)
+    alone = model.merge_and_unload("t1")
+    assert type(alone) is type(plain[1])
+    assert_near(alone(ids).logits, plain[1](ids).logits)
+    assert torch.equal(load(root).merge_and_unload()(ids).logits, plain[None](ids).logits)
+
+
+@torch.no_grad()
+def test_save_pretrained_writes_what_from_pretrained_reads(llama, tmp_path):
+    root, model, _ = llama
+    model.save_pretrained(tmp_path / "saved")
+    again = DeltaModel.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert again.deltas == ["t0", "t1"]
+    ids = tokens(5)
+    assert torch.equal(again(ids, delta_names=NAMES).logits, model(ids, delta_names=NAMES).logits)
+    with pytest.raises(FileExistsError):
+        model.save_pretrained(tmp_path / "saved")
+
+
+def test_push_to_hub_uploads_the_saved_folder(llama, monkeypatch):
+    import huggingface_hub
+
+    _, model, _ = llama
+    seen = {}
+
+    class Api:
+        def __init__(self, token=None):
+            seen["token"] = token
+
+        def create_repo(self, repo_id, private, exist_ok):
+            seen.update(repo=repo_id, private=private)
+
+        def upload_folder(self, repo_id, folder_path):
+            seen["files"] = sorted(str(path.relative_to(folder_path)) for path in folder_path.rglob("*.json"))
+            return f"https://huggingface.co/{repo_id}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert model.push_to_hub("me/many", private=True, token="t").endswith("me/many")
+    assert seen["repo"] == "me/many" and seen["private"] and seen["token"] == "t"
+    assert {"bitdelta_model.json", "delta-0/delta_config.json", "delta-1/delta_config.json"} <= set(
+        seen["files"]
+    )
+
+
+def test_hub_ids_are_read_from_the_cache(llama, tmp_path, monkeypatch):
+    root, model, _ = llama
+    found = {"me/base": root / "base", "me/delta": root / "delta-0"}
+
+    def download(name, revision=None, **patterns):
+        return str(found[name])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    again = DeltaModel.from_pretrained("me/base", dtype=torch.float32)
+    again.load_delta("t0", "me/delta@main")
+    ids = tokens(2)
+    with torch.no_grad():
+        assert torch.equal(again(ids, delta_names="t0").logits, model(ids, delta_names="t0").logits)
+
+
+def test_attributes_of_the_base_are_there():
+    assert bitdelta.DeltaModel is DeltaModel
