@@ -112,7 +112,9 @@ def test_adapters_that_cannot_run_are_refused_by_name(llama, tmp_path):
     model = DeltaModel.from_pretrained(llama / "base", dtype=torch.float32)
     other = make(tmp_path / "wide", llama_config(hidden_size=48), tenants=0)
     adapter(other, tmp_path / "reshaped")
-    with pytest.raises(BaseMismatchError, match=r"down_proj: expected a LoRA of \[32, 64\] .* has \[48, 64\]"):
+    with pytest.raises(
+        BaseMismatchError, match=r"down_proj: expected a LoRA of \[32, 64\] .* has \[48, 64\]"
+    ):
         model.load_delta("reshaped", tmp_path / "reshaped")
     deep = make(tmp_path / "deep", llama_config(num_hidden_layers=3), tenants=0)
     adapter(deep, tmp_path / "deeper")
