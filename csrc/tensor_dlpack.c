@@ -19,6 +19,10 @@
 static void
 name_error(const char *name)
 {
+    if (!PyErr_Occurred()) { /* a table whose function failed without a word */
+        PyErr_Format(PyExc_BufferError, "%s: its DLPack export failed", name);
+        return;
+    }
     if (!PyErr_ExceptionMatches(PyExc_BufferError) && !PyErr_ExceptionMatches(PyExc_RuntimeError) &&
         !PyErr_ExceptionMatches(PyExc_ValueError) && !PyErr_ExceptionMatches(PyExc_TypeError)) {
         return;
@@ -228,11 +232,7 @@ acquire_exchange(const DLPackExchangeAPI *api, PyObject *object, const char *nam
     /* Only this form says whether the memory is read-only, and holds the memory itself. */
     DLManagedTensorVersioned *managed = NULL;
     if (api->managed_tensor_from_py_object_no_sync(object, &managed) != 0 || managed == NULL) {
-        if (PyErr_Occurred()) {
-            name_error(name);
-        } else {
-            PyErr_Format(PyExc_BufferError, "%s: its DLPack export failed", name);
-        }
+        name_error(name);
         return -1;
     }
     out->versioned = managed;

@@ -146,6 +146,8 @@ def make_exchange_class(has_view=True, version=(1, 3), fails=False):
 
     def view(instance, out):
         Exchanged.views += 1
+        if fails:
+            return -1
         fill(out.contents, instance.array, **instance.changes)
         return 0
 

@@ -262,9 +262,10 @@ def test_the_exchange_api_tells_that_an_output_is_read_only():
     assert (cls.exports, cls.deleted) == (1, 1)
 
 
-def test_a_failing_exchange_is_an_error():
+@pytest.mark.parametrize("has_view", [True, False], ids=["view", "export"])
+def test_a_failing_exchange_is_an_error(has_view):
     with pytest.raises(BufferError, match="x: its DLPack export failed"):
-        call("linear", x=make_exchange_class(has_view=False, fails=True)(values(M, K)))
+        call("linear", x=make_exchange_class(has_view=has_view, fails=True)(values(M, K)))
 
 
 def test_an_exchange_api_of_another_major_version_is_not_used():
