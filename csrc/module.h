@@ -78,6 +78,10 @@ extern PyMethodDef byte_functions[];      /* py_bytes.c: to_float32, crc32c, crc
 /* A Delta object's view, or NULL with TypeError when object is not a Delta of this module. */
 const bd_delta *delta_view(module_state *state, PyObject *object, const char *name);
 
+/* BufferError when the output shares memory with the signs or scales of a delta. */
+int check_delta_apart(const bd_matrix *output, const char *output_name, const bd_delta *delta,
+                      const char *name);
+
 #ifdef __cplusplus
 }
 #endif

@@ -188,6 +188,25 @@ delta_view(module_state *state, PyObject *object, const char *name)
     return &((delta_object *)object)->view;
 }
 
+int
+check_delta_apart(const bd_matrix *output, const char *output_name, const bd_delta *delta,
+                  const char *name)
+{
+    const int64_t P = delta->P, words = bd_plane_words(delta->N, delta->K);
+    const bd_matrix parts[] = {
+        {(void *)(uintptr_t)delta->sign, BD_F32, P, words, words},
+        {(void *)(uintptr_t)delta->row, BD_F32, P, delta->N, delta->N},
+        {(void *)(uintptr_t)delta->column, BD_F32, delta->column == NULL ? 0 : P, delta->K,
+         delta->K},
+    };
+    for (int i = 0; i < 3; i++) {
+        if (check_overlap(output, output_name, &parts[i], name) < 0) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
 /* ---- extract ---- */
 
 typedef struct {
@@ -377,7 +396,8 @@ py_expand(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     }
     if (tensor_acquire(state, args[0], "out", TENSOR_OUTPUT, &out) < 0 ||
         tensor_to_matrix(&out, "out", "[row_end - row_begin, K]", end - begin, delta->K,
-                         &out_matrix) < 0) {
+                         &out_matrix) < 0 ||
+        check_delta_apart(&out_matrix, "out", delta, "delta") < 0) {
         goto done;
     }
     if (args[1] != Py_None) {

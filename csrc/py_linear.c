@@ -158,22 +158,12 @@ acquire_tenant_ids(module_state *state, PyObject *object, int64_t M, product_cal
     return status < 0 ? -1 : check_tenant_ids(call, M);
 }
 
-/* y lies apart from every delta's scales and signs. */
 static int
 check_deltas_apart(const bd_matrix *y, const char *name, const product_call *call)
 {
     for (int64_t t = 0; t < call->T; t++) {
-        const bd_delta *d = &call->deltas[t];
-        const bd_matrix parts[] = {
-            {(void *)(uintptr_t)d->sign, BD_F32, d->P, bd_plane_words(d->N, d->K),
-             bd_plane_words(d->N, d->K)},
-            {(void *)(uintptr_t)d->row, BD_F32, d->P, d->N, d->N},
-            {(void *)(uintptr_t)d->column, BD_F32, d->column == NULL ? 0 : d->P, d->K, d->K},
-        };
-        for (int i = 0; i < 3; i++) {
-            if (check_overlap(y, name, &parts[i], "deltas") < 0) {
-                return -1;
-            }
+        if (check_delta_apart(y, name, &call->deltas[t], "deltas") < 0) {
+            return -1;
         }
     }
     return 0;

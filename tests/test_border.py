@@ -344,10 +344,13 @@ def test_an_output_may_not_overlap_an_input():
 
 
 def test_an_output_may_not_overlap_a_delta():
-    scale = ones(P, N)
+    both = ones(N * K)
+    scale = both[-P * N :].reshape(P, N)
     delta = _C.Delta(aligned((P, S, L, 16), np.uint32), scale, None, (N, K))
     with pytest.raises(BufferError, match="out: .* overlaps deltas"):
         call("linear", out=scale, x=ones(P, K), deltas=[delta], tenant_ids=[0, 0])
+    with pytest.raises(BufferError, match="out: .* overlaps delta"):
+        call("expand", out=both[: N * K].reshape(N, K), delta=delta)
 
 
 def test_outputs_of_extract_lie_apart():
