@@ -118,21 +118,23 @@ copy_id_tensor(const tensor *view, int64_t M, int64_t *out)
 static int
 copy_id_sequence(PyObject *sequence, int64_t M, int64_t *out)
 {
-    PyObject *items = PySequence_Tuple(sequence);
-    if (items == NULL) {
-        return -1;
+    PyObject *items = NULL;
+    Py_ssize_t n_items = PySequence_Size(sequence); /* a range may be too long for a tuple */
+    if (n_items == M) {
+        items = PySequence_Tuple(sequence);
+        n_items =
+            items == NULL ? -1 : PyTuple_GET_SIZE(items); /* a subclass may say another size */
     }
-    int status = 0;
-    if (PyTuple_GET_SIZE(items) != M) {
+    int status = n_items == M ? 0 : -1;
+    if (n_items >= 0 && n_items != M) {
         PyErr_Format(PyExc_ValueError, "tenant_ids: expected [M] = [%lld], got [%zd]", (long long)M,
-                     PyTuple_GET_SIZE(items));
-        status = -1;
+                     n_items);
     }
     for (int64_t m = 0; m < M && status == 0; m++) {
         PyObject *item = PyTuple_GET_ITEM(items, m); /* borrowed */
         status = parse_int(item, "tenant_ids", INT64_MIN, INT64_MAX, &out[m]);
     }
-    Py_DECREF(items);
+    Py_XDECREF(items);
     return status;
 }
 

@@ -431,6 +431,20 @@ def test_tenant_ids_may_be_any_integers():
         assert (out == expected).all()
 
 
+def test_too_many_tenant_ids_are_refused_unread():
+    with pytest.raises(ValueError, match=rf"tenant_ids: expected \[M\] = \[3\], got \[{2**48}\]"):
+        call("linear", tenant_ids=range(2**48))  # as a tuple, more than any memory
+
+
+def test_tenant_ids_that_lie_about_their_number_are_counted():
+    class Liar(list):
+        def __len__(self):
+            return M
+
+    with pytest.raises(ValueError, match=r"tenant_ids: expected \[M\] = \[3\], got \[1\]"):
+        call("linear", tenant_ids=Liar([0]))
+
+
 def test_a_single_row_may_have_any_stride():
     call(
         "linear",
