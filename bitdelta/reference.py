@@ -89,8 +89,7 @@ def extract(base: Tensor, finetuned: Tensor, planes: int = 1, scale: str = "row"
     """finetuned - base -> sign planes and scales. [N, K] each, fp32, fp16 or bf16 in any mix."""
     with np.errstate(over="ignore", invalid="ignore"):
         residual = to_float32(finetuned) - to_float32(base)
-    for name, weight in (("base", to_float32(base)), ("finetuned", to_float32(finetuned)), ("", residual)):
-        _check_finite(weight, name)
+    _check_finite(to_float32(base), to_float32(finetuned), residual)
     N, K = residual.shape
     sign = aligned_empty((planes, -(-N // 16), 8 * -(-K // 256), 16), np.uint32)
     rows = np.zeros((planes, N), np.float32)
@@ -105,13 +104,15 @@ def extract(base: Tensor, finetuned: Tensor, planes: int = 1, scale: str = "row"
     return Delta(sign, rows, columns if scale == "rank1" else None, (N, K), form=scale)
 
 
-def _check_finite(values: F32, name: str) -> None:
-    bad = np.argwhere(~np.isfinite(values))
-    if len(bad):
-        what = f"{name}: expected finite weights, got NaN or Inf"
-        if not name:
-            what = "finetuned - base: expected differences within fp32, got one beyond"
-        raise ValueError(f"{what} at {bad[0].tolist()}")
+def _check_finite(base: F32, finetuned: F32, d: F32) -> None:
+    """Names the first difference, row by row, that is not finite, and the weight that makes it so."""
+    for place in np.argwhere(~np.isfinite(d))[:1].tolist():
+        what = "finetuned - base: expected differences within fp32, got one beyond"
+        for name, weight in (("base", base), ("finetuned", finetuned)):
+            if not np.isfinite(weight[tuple(place)]):
+                what = f"{name}: expected finite weights, got NaN or Inf"
+                break
+        raise ValueError(f"{what} at {place}")
 
 
 def _scales(a: F64, form: str) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ from conftest import DTYPES, KINDS, TOLERANCE, bits, pair, tensor
 from hypothesis import given
 from hypothesis import strategies as st
 
+import bitdelta
 from bitdelta import reference
 from bitdelta.array import aligned_empty, as_bfloat16, from_float32, to_float32
 from bitdelta.delta import Delta
@@ -145,6 +146,14 @@ def test_what_is_not_finite_is_named(base, finetuned, message):
     one[1, 2], two[1, 2] = base, finetuned
     with pytest.raises(ValueError, match=message):
         reference.extract(one, two)
+
+
+def test_the_first_weight_that_is_not_finite_is_named_whichever_it_is():
+    base, finetuned = np.zeros((2, 3), F32), np.zeros((2, 3), F32)
+    base[1, 0] = finetuned[0, 2] = np.nan
+    for extract in (reference.extract, bitdelta.extract):
+        with pytest.raises(ValueError, match=r"^finetuned: .* at \[0, 2\]"):
+            extract(base, finetuned)
 
 
 # expansion
