@@ -4,11 +4,12 @@
     order, factor                columns by falling diagonal; H = V diag V^T in that order, V unit upper triangular
     signs    given the scales    column after column the nearest of 2^P levels, the error fed back (csrc/calibrate.c)
     rows     given the signs     least squares, P scales a row (or P for the whole matrix)
-    columns  (rank1)             least squares, K scales a plane
+    columns  given the rest      least squares, K scales a plane
     again, `rounds` times; what was best is kept
 
-Error feedback is GPTQ's (arXiv 2210.17323), here on the difference of two weights with levels that are fitted too.
-NumPy and its LAPACK do the rest; no gradients, no PyTorch.
+A weight that the layer multiplies from the other side, as GPT-2's Conv1D [in, out], is fitted turned around: its row
+scales are then scales of columns. Error feedback is GPTQ's (arXiv 2210.17323), here on the difference of two weights
+with levels that are fitted too. NumPy and its LAPACK do the rest; no gradients, no PyTorch.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from numpy.typing import NDArray
 from . import _C, threads
 from .array import Tensor, aligned_empty, to_float32
 from .delta import Delta, extract
+from .reference import pack
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+Bits = NDArray[np.uint32]
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal
 COLUMN_DAMPING = 0.01  # of a step of the column scales
@@ -42,31 +45,48 @@ class Inputs:
         if not np.isfinite(self.hessian).all():
             raise ValueError("inputs: NaN or Inf")
 
+    @property
+    def is_diagonal(self) -> bool:
+        return self.hessian.ndim == 1
+
     @cached_property
     def damped(self) -> F32:
-        """H with a share of its mean diagonal added; the identity where every input was zero."""
-        damped = self.hessian if self.hessian.ndim == 2 else np.diag(self.hessian)
-        mean = float(np.diagonal(damped).mean(dtype=np.float64))
-        return damped + np.eye(len(damped), dtype=np.float32) * np.float32(DAMPING * mean if mean > 0 else 1)
+        """H with a share of its mean diagonal added, as ones where every input was zero."""
+        diagonal = self.hessian if self.is_diagonal else np.diagonal(self.hessian)
+        mean = float(diagonal.mean(dtype=np.float64))
+        more = np.float32(DAMPING * mean if mean > 0 else 1)
+        if self.is_diagonal:
+            return self.hessian + more
+        damped = self.hessian.copy()
+        damped[np.diag_indices(len(damped))] += more
+        return damped
 
     @cached_property
     def order(self) -> NDArray[np.int64]:
-        return np.argsort(-np.diagonal(self.damped), kind="stable").astype(np.int64)
+        diagonal = self.damped if self.is_diagonal else np.diagonal(self.damped)
+        return np.argsort(-diagonal, kind="stable").astype(np.int64)
 
     @cached_property
-    def factor(self) -> F32:
+    def factor(self) -> F32 | None:
         """[k, j] = V[j, k], from the Cholesky factor of H turned around: U U^T = H with U upper triangular."""
-        turned = self.damped[np.ix_(self.order[::-1], self.order[::-1])]
-        more = np.float32(0)
-        for _ in range(8):
+        if self.is_diagonal:
+            return None
+        backwards = self.order[::-1]
+        turned = self.damped[backwards][:, backwards]
+        more = np.float32(DAMPING * np.diagonal(turned).mean())
+        while True:
             try:
                 lower = np.linalg.cholesky(turned)
                 break
             except np.linalg.LinAlgError:  # fp32: the smallest eigenvalue is lost below the largest
-                more = max(10 * more, np.float32(DAMPING * np.diagonal(turned).mean()))
-                turned = turned + np.eye(len(turned), dtype=np.float32) * more
+                turned[np.diag_indices(len(turned))] += more
+                more *= np.float32(10)
         upper = lower[::-1, ::-1]
         return np.ascontiguousarray((upper / np.diagonal(upper)).T)
+
+    def weigh(self, z: F32) -> F32:
+        """z H."""
+        return z * self.damped if self.is_diagonal else z @ self.damped
 
 
 def fit(
@@ -77,6 +97,7 @@ def fit(
     scale: str = "row",
     rounds: int = 3,
     fit: str = "signs",
+    is_turned: bool = False,
 ) -> Delta:
     """The delta that comes closest to finetuned - base on these inputs.
 
@@ -86,50 +107,86 @@ def fit(
         rounds: of signs, then scales.
         fit: "signs" (and scales), or "scales": the signs stay those of `extract`, but for rows and columns whose
             best scale is negative: they turn over.
+        is_turned: the layer's inputs meet the rows of the weight, not its columns.
 
     Raises:
         ValueError: NaN or Inf in a weight, shapes that differ.
     """
     start = extract(base, finetuned, planes, scale)
     d = to_float32(finetuned) - to_float32(base)
-    state = _Fit(d, inputs, start)
-    state.fit_rows()
-    for _ in range(rounds if scale == "rank1" or fit == "signs" else 0):
-        if fit == "signs":
-            state.fit_signs()
-            state.fit_rows()
-        if scale == "rank1":
-            for p in range(planes):
-                state.fit_column(p)
-            state.fit_rows()
+    state = _Fit(np.ascontiguousarray(d.T) if is_turned else d, inputs, start, is_turned)
+    state.fit_scales()
+    state.keep()
+    if fit == "signs" or state.has_rows and state.has_columns:
+        for _ in range(rounds):
+            if fit == "signs":
+                state.fit_signs()
+            state.fit_scales()
+            state.keep()
     return state.best
 
 
 class _Fit:
-    """Signs and scales on their way; `best` is the Delta with the least error so far."""
+    """Signs and scales on their way, turned so that inputs meet columns; `best` is the delta of least error."""
 
-    def __init__(self, d: F32, inputs: Inputs, start: Delta) -> None:
-        self.d, self.inputs, self.form, self.shape = d, inputs, start.form, start.shape
-        self.sign, self.row = start.sign, start.scale
-        self.column = start.column
-        self.best, self.gain = start, -np.inf
+    def __init__(self, d: F32, inputs: Inputs, start: Delta, is_turned: bool) -> None:
+        self.d, self.inputs, self.form, self.is_turned = d, inputs, start.form, is_turned
+        self.sign, self.row, self.column = start.sign, start.scale, start.column
+        self.has_rows = start.form != "row" or not is_turned
+        self.has_columns = start.form == "rank1" or start.form == "row" and is_turned
+        if is_turned:
+            ones = np.ones((start.planes, d.shape[0]), np.float32)
+            self.sign = turn(self.sign, (d.shape[1], d.shape[0]))
+            if start.form == "tensor":
+                self.row = ones * start.scale[:, :1]
+            else:
+                self.row = ones if start.column is None else start.column
+                self.column = start.scale
+        self.best, self.least = start, np.inf
+
+    def keep(self) -> None:
+        """Remembers the state where its error is the least so far."""
+        wrong = 0.0
+        for rows in self._parts():
+            left = self._left(rows)
+            wrong += float(np.einsum("nk,nk->", left, self.inputs.weigh(left), dtype=np.float64))
+        if wrong >= self.least:
+            return
+        self.least = wrong
+        row, column, sign = self.row, self.column, self.sign
+        shape = self.d.shape
+        if self.is_turned:
+            sign, shape = turn(sign, shape), shape[::-1]
+            if self.form == "tensor":
+                row = np.repeat(row[:, :1], shape[0], axis=1)
+            else:
+                assert column is not None
+                row, column = column, row if self.form == "rank1" else None
+        self.best = Delta(sign, row, column, shape, self.form)
 
     def fit_signs(self) -> None:
         threads.sync()
         sign = aligned_empty(self.sign.shape, np.uint32)
-        factor = None if self.inputs.hessian.ndim == 1 else self.inputs.factor
-        _C.fit_signs(self.d, factor, self.inputs.order, self.row, self.column, sign)
+        _C.fit_signs(self.d, self.inputs.factor, self.inputs.order, self.row, self.column, sign)
         self.sign = sign
 
-    def fit_rows(self) -> None:
+    def fit_scales(self) -> None:
+        if self.has_rows:
+            self._fit_rows()
+        if self.has_columns:
+            for p in range(len(self.row)):
+                self._fit_column(p)
+            if self.has_rows:
+                self._fit_rows()
+
+    def _fit_rows(self) -> None:
         """For every row the P scales that minimise (d - sum_p a_p z_p) H (...)^T, z_p = s_p * column_p."""
-        N, P = self.shape[0], len(self.row)
+        N, P = self.d.shape[0], len(self.row)
         left, right = np.empty((N, P, P)), np.empty((N, P))
-        for begin in range(0, N, ROWS):
-            rows = slice(begin, min(begin + ROWS, N))
+        for rows in self._parts():
             z = [self._plane(p, rows) for p in range(P)]
             for p in range(P):
-                weighted = self._weigh(z[p])
+                weighted = self.inputs.weigh(z[p])
                 right[rows, p] = np.einsum("nk,nk->n", weighted, self.d[rows], dtype=np.float64)
                 for q in range(P):
                     left[rows, p, q] = np.einsum("nk,nk->n", weighted, z[q], dtype=np.float64)
@@ -137,74 +194,101 @@ class _Fit:
             row = np.repeat(_solve(left.sum(0)[None], right.sum(0)[None]), N, axis=0)
         else:
             row = _solve(left, right)
-        gain = float((2 * row * right).sum() - np.einsum("np,npq,nq->", row, left, row))
-        self._set_rows(row.T.astype(np.float32))
-        if gain > self.gain:
-            self.gain = gain
-            column = None if self.column is None else self.column.copy()
-            self.best = Delta(_copy(self.sign), self.row, column, self.shape, self.form)
+        negative = row.T < 0
+        for p in range(P):
+            self._flip(p, negative[p], np.ones(self.d.shape[1], np.bool_))
+        self.row = np.ascontiguousarray(np.abs(row.T), np.float32)
 
-    def fit_column(self, p: int) -> None:
-        """The K column scales of plane p, the rest as it is: (H * Z^T Z) c = sum over rows of Z * (R H)."""
+    def _fit_column(self, p: int) -> None:
+        """The K column scales of plane p, the rest as it is: (H * Z^T Z) step = sum over rows of Z * (left H)."""
         assert self.column is not None
-        N, K = self.shape
+        N, K = self.d.shape
         square, right = np.zeros((K, K), np.float32), np.zeros(K)
-        for begin in range(0, N, ROWS):
-            rows = slice(begin, min(begin + ROWS, N))
+        for rows in self._parts():
             z = self._plane(p, rows, with_column=False) * self.row[p, rows, None]
-            wrong = self.d[rows] - sum(
-                self._plane(q, rows) * self.row[q, rows, None] for q in range(len(self.row))
-            )
             square += z.T @ z
-            right += np.einsum("nk,nk->k", z, self._weigh(wrong), dtype=np.float64)
-        square *= self.inputs.damped
-        square[np.diag_indices(K)] += np.float32(COLUMN_DAMPING) * np.diagonal(square).mean() + np.float32(
-            1e-30
-        )
-        step = np.linalg.solve(square, right.astype(np.float32))
-        column = self.column[p] + step
-        mean = float(np.abs(column).mean(dtype=np.float64))
-        if not np.isfinite(column).all() or mean == 0:
+            right += np.einsum("nk,nk->k", z, self.inputs.weigh(self._left(rows)), dtype=np.float64)
+        if self.inputs.is_diagonal:
+            square *= np.diag(self.inputs.damped)
+        else:
+            square *= self.inputs.damped
+        more = COLUMN_DAMPING * float(np.diagonal(square).mean(dtype=np.float64))
+        if not more > 0:  # a plane of zeros
             return
-        flip = column < 0
-        if flip.any():
-            self._flip(p, np.ones(N, np.bool_), flip)
-        self.column = self.column.copy()
-        self.column[p] = np.abs(column) / np.float32(mean)
-        self.row = self.row.copy()
-        self.row[p] *= np.float32(mean)
-
-    def _set_rows(self, row: F32) -> None:
-        """Scales are never negative: the signs of such a row turn over instead."""
-        negative = row < 0
-        for p in np.flatnonzero(negative.any(axis=1)):
-            self._flip(int(p), negative[p], np.ones(self.shape[1], np.bool_))
-        self.row = np.ascontiguousarray(np.abs(row))
+        square[np.diag_indices(K)] += np.float32(more)
+        column = self.column[p] + np.linalg.solve(square, right.astype(np.float32))
+        mean = np.abs(column).mean() if self.has_rows else np.float32(1)
+        if not (np.isfinite(column).all() and mean > 0):
+            return
+        self._flip(p, np.ones(N, np.bool_), column < 0)
+        self.row, self.column = self.row.copy(), self.column.copy()
+        self.column[p] = np.abs(column) / mean
+        self.row[p] *= mean
 
     def _flip(self, p: int, rows: NDArray[np.bool_], columns: NDArray[np.bool_]) -> None:
+        """Scales are never negative: the signs of such rows and columns turn over instead."""
+        if not (rows.any() and columns.any()):
+            return
+        N, K = self.d.shape
         sign = _copy(self.sign)
-        padded = np.zeros(sign.shape[2] * 32, np.bool_)
-        padded[: len(columns)] = columns
-        words = np.packbits(padded, bitorder="little").view("<u4")  # [L]
-        is_row = np.zeros(sign.shape[1] * 16, np.bool_)
-        is_row[: len(rows)] = rows
-        sign[p] ^= np.where(is_row.reshape(-1, 1, 16), words[None, :, None], np.uint32(0))
+        sign[p] ^= pack(rows[:, None] & columns)
         self.sign = sign
+
+    def _parts(self) -> list[slice]:
+        N = self.d.shape[0]
+        return [slice(begin, min(begin + ROWS, N)) for begin in range(0, N, ROWS)]
+
+    def _left(self, rows: slice) -> F32:
+        return self.d[rows] - expand_rows(
+            Delta(self.sign, self.row, self.column, self.d.shape, self._own), rows
+        )
+
+    @property
+    def _own(self) -> str:
+        return "row" if self.column is None else "rank1"
 
     def _plane(self, p: int, rows: slice, with_column: bool = True) -> F32:
         """+-1, times the column scales: fp32 [rows, K]."""
-        N, K = self.shape
         column = None if self.column is None or not with_column else self.column[p : p + 1]
-        handle = _C.Delta(self.sign[p : p + 1], np.ones((1, N), np.float32), column, (N, K))
-        out = np.empty((rows.stop - rows.start, K), np.float32)
-        _C.expand(out, None, handle, rows.start, rows.stop)
-        return out
+        ones = np.ones((1, self.d.shape[0]), np.float32)
+        form = "row" if column is None else "rank1"
+        return expand_rows(Delta(self.sign[p : p + 1], ones, column, self.d.shape, form), rows)
 
-    def _weigh(self, z: F32) -> F32:
-        """z H."""
-        return (
-            z @ self.inputs.damped if self.inputs.hessian.ndim == 2 else z * np.diagonal(self.inputs.damped)
-        )
+
+def expand_rows(delta: Delta, rows: slice) -> F32:
+    """The delta alone, fp32 [rows, K]."""
+    threads.sync()
+    out = np.empty((rows.stop - rows.start, delta.shape[1]), np.float32)
+    _C.expand(out, None, delta.handle, rows.start, rows.stop)
+    return out
+
+
+def turn(sign: Bits, shape: tuple[int, int]) -> Bits:
+    """The planes of [N, K] as those of [K, N]."""
+    ones = np.ones((1, shape[0]), np.float32)
+    planes = [
+        pack(expand_rows(Delta(sign[p : p + 1], ones, None, shape), slice(0, shape[0])).T > 0)
+        for p in range(len(sign))
+    ]
+    return _copy(np.stack(planes))
+
+
+def output_error(d: F32, delta: Delta | None, x: Any, is_turned: bool = False) -> tuple[float, float]:
+    """||x (d - delta)^T||^2 and ||x d^T||^2, of inputs x fp32 [M, K]; turned, ||x (d - delta)||^2 of x [M, N]."""
+    total = wrong = 0.0
+    if is_turned:
+        left = None if delta is None else d - expand_rows(delta, slice(0, len(d)))
+        return (0.0 if left is None else _power(x @ left)), _power(x @ d)
+    for begin in range(0, len(d), ROWS):
+        rows = slice(begin, min(begin + ROWS, len(d)))
+        total += _power(x @ d[rows].T)
+        if delta is not None:
+            wrong += _power(x @ (d[rows] - expand_rows(delta, rows)).T)
+    return wrong, total
+
+
+def _power(y: F32) -> float:
+    return float(np.square(y, dtype=np.float64).sum())
 
 
 def _solve(left: F64, right: F64) -> F64:
@@ -215,21 +299,7 @@ def _solve(left: F64, right: F64) -> F64:
     return np.asarray(np.linalg.solve(left, right[..., None])[..., 0])
 
 
-def _copy(sign: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    out: NDArray[np.uint32] = aligned_empty(sign.shape, np.uint32)
+def _copy(sign: Bits) -> Bits:
+    out: Bits = aligned_empty(sign.shape, np.uint32)
     out[...] = sign
     return out
-
-
-def output_error(d: F32, delta: Delta | None, x: Any) -> tuple[float, float]:
-    """||x (d - delta)^T||^2 and ||x d^T||^2, of inputs x fp32 [M, K] that the fit has not seen."""
-    total = wrong = 0.0
-    for begin in range(0, len(d), ROWS):
-        rows = slice(begin, min(begin + ROWS, len(d)))
-        part = d[rows]
-        total += float(np.square(x @ part.T, dtype=np.float64).sum())
-        if delta is not None:
-            out = np.empty(part.shape, np.float32)
-            _C.expand(out, None, delta.handle, rows.start, rows.stop)
-            wrong += float(np.square(x @ (part - out).T, dtype=np.float64).sum())
-    return wrong, total

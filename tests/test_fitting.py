@@ -203,3 +203,20 @@ def test_torch_tensors_are_taken(rng):
     expected = fit(base, finetuned, hessian(x))
     delta = fit(tensor(base, kind="torch"), tensor(finetuned, kind="torch"), hessian(x))
     assert np.array_equal(delta.sign, expected.sign)
+
+
+@pytest.mark.parametrize("scale", ["tensor", "row", "rank1"])
+@pytest.mark.parametrize("planes", [1, 2])
+def test_a_weight_may_be_turned_around(rng, scale, planes):
+    base, finetuned = pair(rng, 72, 40)  # [in, out]
+    x = some_inputs(rng, 72, 800)
+    d = finetuned - base
+    plain, mirrored = extract(base, finetuned, planes, scale), extract(base.T.copy(), finetuned.T.copy())
+    errors = {}
+    for what in ("scales", "signs"):
+        delta = fit(base, finetuned, hessian(x), planes, scale, fit=what, is_turned=True)
+        assert (delta.form, delta.planes, delta.shape) == (scale, planes, (72, 40))
+        assert (delta.scale >= 0).all()
+        errors[what] = output_error(d, delta, x, is_turned=True)[0]
+    assert errors["signs"] < errors["scales"] < output_error(d, plain, x, is_turned=True)[0]
+    assert np.allclose(output_error(d, plain, x, True)[1], output_error(d.T, mirrored, x)[1])
