@@ -5,6 +5,7 @@ The data's way through the package, one module a stage:
     checkpoint   base and fine-tuned folders, memory-mapped     open_checkpoint in bitdelta.checkpoint
     delta        finetuned - base -> sign planes and scales     extract, Delta
     packfile     one folder: safetensors + JSON                 compress, load, verify, merge, import_diff
+    calibrate    signs and scales fitted to text                calibrate
     linear       base product + every row's own delta           linear, linear_add, linear_transposed
 
 Around them: `as_bfloat16` names bf16 in plain NumPy; `set_num_threads`, `get_num_threads`; `show_config` prints
@@ -29,6 +30,7 @@ except ImportError:
 
 from . import reference
 from .array import as_bfloat16
+from .calibrate import calibrate
 from .compress import compress
 from .config import show_config
 from .delta import Delta, extract
@@ -49,6 +51,7 @@ __all__ = [
     "Error",
     "FormatError",
     "as_bfloat16",
+    "calibrate",
     "compress",
     "extract",
     "get_num_threads",

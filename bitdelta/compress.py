@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -55,7 +56,9 @@ def compress(
         planes: sign planes, 1 to 8: bits per weight.
         scale: "tensor", "row" or "rank1"; embeddings and heads have row scales in any case.
         whole: globs of names of tensors to store whole.
-        text, fit, budget: calibration, which is not part of this version.
+        text: what to calibrate on (`bitdelta.calibrate`), a file or dataset; None: sign(d) and mean |d|.
+        fit: what calibration fits, "signs" (and scales) or "scales".
+        budget: not part of this version.
         dry_run: estimate size, memory and time; write nothing.
         progress: a progress bar on stderr.
 
@@ -72,6 +75,8 @@ def compress(
     whole = (whole,) if isinstance(whole, str) else tuple(whole)
     _check_options(planes, scale, text, fit, budget)
     refuse_existing(Path(out_dir))
+    if text is not None and not dry_run:
+        return _calibrated(base, finetuned, out_dir, planes, scale, whole, text, fit, progress)
     source, target = open_checkpoint(base), open_checkpoint(finetuned)
     refuse_inside(out_dir, source.root, target.root)
     plans, absent = plan_tensors(source, target, planes, scale, whole)
@@ -101,6 +106,32 @@ def compress(
     return _report(plans, absent, out_dir, time.perf_counter() - start)
 
 
+def _calibrated(
+    base: str | os.PathLike[str],
+    finetuned: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    planes: int,
+    scale: str,
+    whole: tuple[str, ...],
+    text: Any,
+    fit: str,
+    progress: bool,
+) -> dict[str, Any]:
+    """Compresses into a folder beside the target, and calibrates from there."""
+    from .calibrate import calibrate
+
+    target = Path(os.path.abspath(out_dir))
+    plain = target.parent / f".{target.name}.plain"
+    shutil.rmtree(plain, ignore_errors=True)
+    try:
+        report = compress(base, finetuned, plain, planes, scale, whole, progress=progress)
+        found = calibrate(base, finetuned, plain, text, out_dir, fit, progress=progress)
+    finally:
+        shutil.rmtree(plain, ignore_errors=True)
+    seconds = round(report["seconds"] + found["seconds"], 3)
+    return {**report, "out": str(out_dir), "calibration": found, "seconds": seconds}
+
+
 def _check_options(planes: int, scale: str, text: Any, fit: str, budget: Any) -> None:
     if type(planes) is not int or not 1 <= planes <= 8:
         raise ValueError(f"planes: expected 1 to 8, got {planes!r}")
@@ -108,9 +139,10 @@ def _check_options(planes: int, scale: str, text: Any, fit: str, budget: Any) ->
         raise ValueError(f"scale: expected 'tensor', 'row' or 'rank1', got {scale!r}")
     if fit not in ("signs", "scales"):
         raise ValueError(f"fit: expected 'signs' or 'scales', got {fit!r}")
-    given = {"text": text is not None, "budget": budget is not None, "fit": fit != "signs"}
-    for option in (name for name, is_given in given.items() if is_given):
-        raise ValueError(f"{option}: calibration is not part of this version; leave the option out")
+    if fit != "signs" and text is None:
+        raise ValueError(f"fit: {fit!r} needs a text to fit to")
+    if budget is not None:
+        raise ValueError("budget: not part of this version; leave the option out")
 
 
 def _add(writer: PackfileWriter, plan: Plan, fingerprint: str | None) -> None:

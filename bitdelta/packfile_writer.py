@@ -262,9 +262,13 @@ class PackfileWriter:
         self.entries[line["name"]] = entry
         return True
 
-    def _finish(self) -> None:
+    def flush(self) -> None:
+        """Waits until what was added is written, so that a successor takes it over."""
         while self._pending:
             self._pending.popleft().result()
+
+    def _finish(self) -> None:
+        self.flush()
         path = self._folder.path
         for entry in path.iterdir():  # what an interrupted finish left
             if entry.name != "journal" and not entry.name.startswith(("signs-", "rest-")):

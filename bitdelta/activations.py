@@ -1,0 +1,418 @@
+"""A model run one layer at a time on rows of tokens, with what its weights multiply collected on the way.
+
+    embeddings                  the model's own forward, stopped at its first layer
+    layer 0, 1, ...             each loaded from the checkpoint, run on all rows, and dropped again
+    head                        the model's own forward from the last layer on, stopped before the head multiplies
+
+The model is built without weights; those of one layer are in memory, in fp32, besides the rows' hidden states. What
+else a layer needs (masks, positions) is what the model gives it. Decoders of transformers run like this; others are
+loaded whole (`Whole`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .array import to_float32
+from .checkpoint import Checkpoint
+from .errors import Error
+from .fitting import F32, Inputs
+
+BATCH_TOKENS = 2048
+I64 = NDArray[np.int64]
+
+
+class Collected:
+    """The inputs of one or several weights: H of the rows to fit on, and the rows held out themselves."""
+
+    def __init__(self, columns: int) -> None:
+        self.hessian = np.zeros((columns, columns), np.float32)
+        self.held_out: list[F32] = []
+
+    def add(self, x: Any, is_held_out: bool) -> None:
+        import torch
+
+        flat = x.detach().reshape(-1, x.shape[-1]).float()
+        if is_held_out:
+            self.held_out.append(flat.numpy().copy())
+        else:
+            hessian = torch.from_numpy(self.hessian)
+            hessian.addmm_(flat.T, flat)
+
+    def inputs(self) -> Inputs:
+        return Inputs(self.hessian)
+
+
+class Weight:
+    """A weight whose layer's inputs are known.
+
+    Attributes:
+        name: of the checkpoint's tensor.
+        collected: shared by all weights that read the same input.
+        is_turned: the inputs meet the rows of the weight.
+    """
+
+    def __init__(self, name: str, collected: Collected, is_turned: bool) -> None:
+        self.name, self.collected, self.is_turned = name, collected, is_turned
+
+
+class _Stop(Exception):
+    """The forward pass has gone as far as it is needed."""
+
+
+def is_multiplied(module: Any) -> bool | None:
+    """None: not a module that multiplies with its weight; else whether its inputs meet the weight's rows."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, Conv1D):
+        return True
+    return False if type(module) is torch.nn.Linear else None
+
+
+def build(checkpoint: Checkpoint, is_empty: bool) -> Any:
+    """The checkpoint's model in transformers, in fp32; empty: without the values of its parameters."""
+    import torch
+    import transformers
+
+    names = checkpoint.config.get("architectures") or [None]
+    kind = getattr(transformers, str(names[0]), None)
+    if kind is None:
+        raise Error(f"{checkpoint.root}: config.json names no architecture that transformers has: {names[0]}")
+    if not is_empty:
+        model = kind.from_pretrained(checkpoint.root, local_files_only=True, dtype=torch.float32)
+    else:
+        from accelerate import init_empty_weights
+        from transformers.initialization import no_init_weights
+
+        config = kind.config_class.from_pretrained(checkpoint.root, local_files_only=True)
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            model = kind._from_config(config, dtype=torch.float32)
+    return model.eval()
+
+
+def checkpoint_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """Parameter of the model -> tensor of the checkpoint, for those that are found."""
+    prefix = f"{model.base_model_prefix}."
+    found = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        for candidate in (name, name.removeprefix(prefix), prefix + name):
+            if candidate in checkpoint:
+                found[name] = candidate
+                break
+    return found
+
+
+class Streamed:
+    """A decoder without weights, whose layers are run one after the other.
+
+    Args:
+        checkpoint: the fine-tune's.
+        tokens: [rows, length]; the last `n_held_out` rows are held out.
+
+    Raises:
+        bitdelta.Error: the model is not one that runs like this; the text says why.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, tokens: I64, n_held_out: int) -> None:
+        self.checkpoint = checkpoint
+        self.model = build(checkpoint, is_empty=True)
+        self.names = checkpoint_names(self.model, checkpoint)
+        self.prefix, self.layers = self._find_layers()
+        self._check_names()
+        self.batches = _batches(tokens, n_held_out)
+        self.hidden: list[F32] = []
+        self._calls: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._is_tuple = self._returns_tuple()
+
+    def embed(self) -> None:
+        """Runs the embeddings, and notes what every layer is called with."""
+        import torch
+
+        with torch.inference_mode(), self._outside(), self._recording(lambda i, hidden: hidden):
+            for rows, _ in self.batches:
+                try:
+                    self.model(input_ids=torch.from_numpy(rows), use_cache=False)
+                except _Stop:
+                    pass
+
+    def weights(self, i: int) -> list[str]:
+        """Names of the checkpoint's tensors in layer i."""
+        return [self.names[name] for name in self._parameters(i).values()]
+
+    def run(
+        self, i: int, wanted: Mapping[str, Any], values: Callable[[str], F32], keep: bool
+    ) -> list[Weight]:
+        """Runs layer i on all rows.
+
+        Args:
+            wanted: names of the weights whose inputs to collect.
+            values: name of a tensor -> its values.
+            keep: whether the outputs become the next layer's inputs.
+        """
+        import torch
+
+        layer = self.layers[i]
+        for path, name in self._parameters(i).items():
+            _set(layer, path, torch.from_numpy(values(self.names[name])))
+        collector = _Collector()
+        for path, module in layer.named_modules():
+            name = self.names.get(f"{self.prefix}.{i}.{path}.weight", "")
+            if name in wanted and is_multiplied(module) is not None:
+                collector.watch(module, name)
+        with torch.inference_mode():
+            for at, (rows, is_held_out) in enumerate(self.batches):
+                args, kwargs = self._calls[i, len(rows)]
+                collector.is_held_out = is_held_out
+                out = layer(torch.from_numpy(self.hidden[at]), *args, **kwargs)
+                self._is_tuple = isinstance(out, tuple)
+                if keep:
+                    self.hidden[at] = (out[0] if isinstance(out, tuple) else out).float().numpy()
+        collector.close()
+        for path in self._parameters(i):
+            _set(layer, path, None)
+        return collector.weights
+
+    def head(self, wanted: Mapping[str, Any]) -> list[Weight]:
+        """Collects the inputs of the head, where it is a linear layer whose weight is wanted."""
+        import torch
+
+        module = self.model.get_output_embeddings()
+        name = next(
+            (self.names.get(f"{path}.weight", "") for path, m in self.model.named_modules() if m is module),
+            "",
+        )
+        name = self._tied_name(name)
+        if module is None or name not in wanted or is_multiplied(module) is None:
+            return []
+        collector = _Collector(stop=True)
+        collector.watch(module, name)
+        with torch.inference_mode(), self._outside():
+            for (rows, is_held_out), hidden in zip(self.batches, self.hidden, strict=True):
+                collector.is_held_out = is_held_out
+                last = torch.from_numpy(hidden)
+                with self._recording(partial(_always, last), note=False):
+                    try:
+                        self.model(input_ids=torch.from_numpy(rows), use_cache=False)
+                    except _Stop:
+                        pass
+        collector.close()
+        return collector.weights
+
+    def _tied_name(self, name: str) -> str:
+        """The embeddings' name, where the head has no tensor of its own."""
+        if name or not getattr(self.model.config, "tie_word_embeddings", False):
+            return name
+        embeddings = self.model.get_input_embeddings()
+        return next(
+            (self.names.get(f"{p}.weight", "") for p, m in self.model.named_modules() if m is embeddings), ""
+        )
+
+    def _find_layers(self) -> tuple[str, Any]:
+        import torch
+
+        lists = [
+            (path, module)
+            for path, module in self.model.named_modules()
+            if isinstance(module, torch.nn.ModuleList)
+            and len(module)
+            and len({type(child) for child in module}) == 1
+        ]
+        if (
+            not self.model.can_generate()
+            or getattr(self.model.config, "is_encoder_decoder", False)
+            or not lists
+        ):
+            raise Error(f"{type(self.model).__name__} is not a decoder of equal layers")
+        return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+    def _check_names(self) -> None:
+        head = self.model.get_output_embeddings()
+        tied = {id(head.weight)} if head is not None and hasattr(head, "weight") else set()
+        for name, parameter in self.model.named_parameters():
+            if name not in self.names and id(parameter) not in tied:
+                raise Error(f"{name} of {type(self.model).__name__} is no tensor of the checkpoint")
+
+    def _parameters(self, i: int) -> dict[str, str]:
+        """Path in layer i -> name in the model."""
+        return {path: f"{self.prefix}.{i}.{path}" for path, _ in self.layers[i].named_parameters()}
+
+    @contextmanager
+    def _outside(self) -> Iterator[None]:
+        """With the weights around the layers: embeddings memory-mapped, the head without."""
+        import torch
+
+        head, placed, hooks = self.model.get_output_embeddings(), [], []
+        for path, module in self.model.named_modules():
+            if path.startswith(f"{self.prefix}.") or module is head:
+                continue
+            for own in [own for own, _ in module.named_parameters(recurse=False)]:
+                name = self.names[f"{path}.{own}" if path else own]
+                tensor = self.checkpoint[name]
+                is_table = isinstance(module, torch.nn.Embedding)
+                value = _view(tensor.array()) if is_table else torch.from_numpy(_copy(tensor.array()))
+                _set(module, own, value)
+                placed.append((module, own))
+                if is_table:
+                    hooks.append(module.register_forward_hook(lambda module, x, out: out.float()))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module, own in placed:
+                _set(module, own, None)
+
+    @contextmanager
+    def _recording(self, replace: Callable[[int, Any], Any], note: bool = True) -> Iterator[None]:
+        """The layers do nothing but note what they are called with (and stop after the last), or `replace` it."""
+        last = len(self.layers) - 1
+
+        def forward(i: int) -> Callable[..., Any]:
+            def call(hidden: Any, *args: Any, **kwargs: Any) -> Any:
+                if note:
+                    if i == 0:
+                        self.hidden.append(hidden.float().numpy())
+                    self._calls.setdefault((i, len(hidden)), (args, kwargs))
+                    if i == last:
+                        raise _Stop
+                out = replace(i, hidden)
+                return (out,) if self._is_tuple else out
+
+            return call
+
+        for i, layer in enumerate(self.layers):
+            layer.forward = forward(i)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+    def _returns_tuple(self) -> bool:
+        """What the layers' own forward says that it returns, until one has run."""
+        import inspect
+
+        said = str(inspect.signature(type(self.layers[0]).forward).return_annotation)
+        return "tuple" in said.lower()
+
+
+class Whole:
+    """A model of any kind, loaded whole; `collect` runs it once for as many weights as fit `most` bytes of H."""
+
+    def __init__(self, checkpoint: Checkpoint, tokens: I64, n_held_out: int) -> None:
+        self.model = build(checkpoint, is_empty=False)
+        self.names = checkpoint_names(self.model, checkpoint)
+        self.batches = _batches(tokens, n_held_out)
+
+    def collect(self, wanted: Mapping[str, Any], most: int = 1 << 30) -> Iterator[list[Weight]]:
+        modules = []
+        for path, module in self.model.named_modules():
+            name = self.names.get(f"{path}.weight", "")
+            if name in wanted and is_multiplied(module) is not None:
+                modules.append((name, module))
+        while modules:
+            size = 0
+            part: list[tuple[str, Any]] = []
+            while modules and (not part or size < most):
+                name, module = modules.pop(0)
+                size += 4 * module.weight.shape[0 if is_multiplied(module) else 1] ** 2
+                part.append((name, module))
+            yield self._run(part)
+
+    def _run(self, part: list[tuple[str, Any]]) -> list[Weight]:
+        import torch
+
+        collector = _Collector()
+        for name, module in part:
+            collector.watch(module, name)
+        with torch.inference_mode():
+            for rows, is_held_out in self.batches:
+                collector.is_held_out = is_held_out
+                self.model(input_ids=torch.from_numpy(rows))
+        collector.close()
+        return collector.weights
+
+
+class _Collector:
+    """Hooks that collect the inputs of modules; modules that read the same input share what is collected."""
+
+    def __init__(self, stop: bool = False) -> None:
+        self.is_held_out = False
+        self.weights: list[Weight] = []
+        self._stop = stop
+        self._hooks: list[Any] = []
+        self._last: tuple[Any, Collected] | None = None
+        self._own: dict[Any, Collected] = {}
+        self._leaders: set[Any] = set()
+
+    def watch(self, module: Any, name: str) -> None:
+        def note(module: Any, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            if module not in self._own:  # the first batch shows who shares
+                if self._last is not None and self._last[0] is x:
+                    self._own[module] = self._last[1]
+                else:
+                    self._own[module] = Collected(x.shape[-1])
+                    self._leaders.add(module)
+                self._last = (x, self._own[module])
+                self.weights.append(Weight(name, self._own[module], bool(is_multiplied(module))))
+            if module in self._leaders:
+                self._own[module].add(x, self.is_held_out)
+            if self._stop:
+                raise _Stop
+
+        self._hooks.append(module.register_forward_pre_hook(note))
+
+    def close(self) -> None:
+        self._last = None
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _always(value: Any, i: int, hidden: Any) -> Any:
+    return value
+
+
+def _batches(tokens: I64, n_held_out: int) -> list[tuple[I64, bool]]:
+    """Some rows at a time, those held out apart."""
+    size = max(1, BATCH_TOKENS // tokens.shape[1])
+    n_fitted = len(tokens) - n_held_out
+    fitted = [(tokens[at : min(at + size, n_fitted)], False) for at in range(0, n_fitted, size)]
+    return fitted + [(tokens[at : at + size], True) for at in range(n_fitted, len(tokens), size)]
+
+
+def _set(module: Any, path: str, value: Any) -> None:
+    """Replaces a parameter; None: by one without values."""
+    import torch
+
+    *parents, own = path.split(".")
+    for parent in parents:
+        module = getattr(module, parent)
+    old = module._parameters[own]
+    if value is None:
+        value = torch.empty(old.shape, dtype=old.dtype, device="meta")
+    module._parameters[own] = torch.nn.Parameter(value, requires_grad=False)
+
+
+def _view(array: np.ndarray) -> Any:
+    """A memory-mapped tensor of the checkpoint as torch's; nothing is read or copied."""
+    import warnings
+
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it cannot be written to, and is not
+        if getattr(array, "__bitdelta_dtype__", "") == "bfloat16":
+            return torch.from_numpy(array.view(np.ndarray).view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array.view(np.ndarray))
+
+
+def _copy(array: np.ndarray) -> F32:
+    return np.array(to_float32(array))

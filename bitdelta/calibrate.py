@@ -1,0 +1,378 @@
+"""Fits the signs and scales of a packed delta to text, layer by layer, without gradients.
+
+    text -> rows of tokens, an eighth of them held out
+    per layer: run it (activations.py) -> inputs of its weights -> fit (fitting.py) -> held-out error -> write
+
+A weight whose error on the held-out rows does not fall keeps what the packed delta had. In memory are one layer of
+both models, its H = X^T X and the rows' hidden states. Killed, the same call goes on at the layer where it was: the
+hidden states lie beside the folder that is being written. Embeddings are fitted to all their rows alike; a head that is
+tied to them to its inputs. Needs PyTorch, transformers and accelerate, imported inside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .array import to_float32
+from .checkpoint import Checkpoint, open_checkpoint
+from .delta import Delta
+from .errors import BaseMismatchError, Error
+from .fitting import F32, Inputs, output_error
+from .fitting import fit as fit_weight
+from .folder import refuse_existing, refuse_full, refuse_inside
+from .forms import VOCABULARY
+from .packfile import PACKED, Packfile, load
+from .packfile_writer import PackfileWriter
+from .residual import relative, sampled_errors, squared_errors
+
+HELD_OUT = 8  # one row of so many
+Say = Callable[[str], None]
+
+
+def calibrate(
+    base: str | os.PathLike[str],
+    finetuned: str | os.PathLike[str],
+    delta: str | os.PathLike[str],
+    text: Any,
+    out_dir: str | os.PathLike[str],
+    fit: str = "signs",
+    inputs: str = "finetuned",
+    rounds: int = 3,
+    n_tokens: int = 16384,
+    length: int = 128,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Writes the packed delta whose layers do on the text what the fine-tune's do, as nearly as its bits allow.
+
+    Args:
+        base, finetuned: the checkpoints that the delta was made from, folders or Hub ids.
+        delta: the packed delta, which says the forms; a folder or Hub id.
+        text: what to calibrate on, as of `bitdelta.text`; None is the text built in.
+        out_dir: the folder to write; it must not exist.
+        fit: "signs" (and scales), or "scales".
+        inputs: of a layer: those of the "finetuned" model, or of the one "compressed" so far.
+        rounds: of fitting signs, then scales.
+        n_tokens, length, seed: how many tokens, in rows of which length, drawn by which seed.
+        progress: a progress bar on stderr.
+
+    Returns:
+        A dict that JSON can hold; `tensors` has the held-out output error of each, before and after, relative to
+        the output of finetuned - base; `kept` names those that stay as they were.
+
+    Raises:
+        ValueError: an option out of range; NaN or Inf in weights or activations (the text names the layer).
+        bitdelta.Error: a model that cannot be run; BaseMismatchError: the delta is of other checkpoints.
+        FileExistsError, OSError: `out_dir` exists or cannot be written.
+    """
+    start = time.perf_counter()
+    _check_options(fit, inputs, rounds)
+    refuse_existing(Path(out_dir))
+    packfile, source, target = load(delta), open_checkpoint(base), open_checkpoint(finetuned)
+    refuse_inside(out_dir, source.root, target.root, packfile.root)
+    packfile.check_base(source)
+    _check_finetuned(packfile, target)
+    refuse_full(out_dir, sum(entry["bytes"] for entry in packfile.entries.values()))
+    tokens = _tokens(text, target, n_tokens, length, seed)
+    settings = {"fit": fit, "inputs": inputs, "rounds": rounds}
+    key = _key(packfile, target, tokens, settings)
+    with PackfileWriter(
+        out_dir,
+        source,
+        files=target.files,
+        finetuned=packfile.config.get("finetuned"),
+        names=packfile.entries,
+        absent=packfile.config.get("absent", ()),
+        key=key,
+    ) as writer:
+        run = _Run(packfile, source, target, writer, tokens, key, progress)
+        run.all()
+        writer.entries = {name: writer.entries[name] for name in packfile.entries}
+    return run.report(out_dir, time.perf_counter() - start)
+
+
+def _check_options(fit: str, inputs: str, rounds: int) -> None:
+    if fit not in ("signs", "scales"):
+        raise ValueError(f"fit: expected 'signs' or 'scales', got {fit!r}")
+    if inputs not in ("finetuned", "compressed"):
+        raise ValueError(f"inputs: expected 'finetuned' or 'compressed', got {inputs!r}")
+    if type(rounds) is not int or not 1 <= rounds <= 100:
+        raise ValueError(f"rounds: expected 1 to 100, got {rounds!r}")
+
+
+def _check_finetuned(packfile: Packfile, target: Checkpoint) -> None:
+    for name, entry in packfile.entries.items():
+        if name not in target or list(target[name].shape) != list(entry["shape"]):
+            got = list(target[name].shape) if name in target else "no such tensor"
+            raise BaseMismatchError(
+                f"{name}: {entry['shape']} in the delta, {got} in {target.root}; it was made from another fine-tune"
+            )
+
+
+def _tokens(text: Any, target: Checkpoint, n_tokens: int, length: int, seed: int) -> NDArray[np.int64]:
+    from .text import load_tokens
+
+    try:
+        from transformers import AutoTokenizer
+        from transformers.utils import logging
+    except ImportError as error:
+        raise Error(
+            f"calibration needs PyTorch and transformers ({error}): pip install 'bitdelta[torch]'"
+        ) from error
+    logging.set_verbosity_error()
+    tokenizer = None
+    if text is None or isinstance(text, (str, os.PathLike)):
+        tokenizer = AutoTokenizer.from_pretrained(target.root, local_files_only=True)
+    tokens = load_tokens(text, tokenizer, n_tokens, length, seed)
+    if len(tokens) < 2:
+        raise ValueError(
+            f"text: {tokens.size} tokens are too few: two rows of {tokens.shape[1]} are the least"
+        )
+    return tokens
+
+
+def _key(
+    packfile: Packfile, target: Checkpoint, tokens: NDArray[np.int64], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What the result depends on."""
+    from . import __version__
+
+    about = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in target.weights]
+    parts = [packfile.entries, about, hashlib.sha256(tokens.tobytes()).hexdigest(), list(tokens.shape)]
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return {"version": __version__, "calibrated": digest, **settings}
+
+
+class _Run:
+    """One calibration; what is done is in the writer's entries."""
+
+    def __init__(
+        self,
+        packfile: Packfile,
+        source: Checkpoint,
+        target: Checkpoint,
+        writer: PackfileWriter,
+        tokens: NDArray[np.int64],
+        key: dict[str, Any],
+        progress: bool,
+    ) -> None:
+        from tqdm.auto import tqdm
+
+        self.packfile, self.source, self.target, self.writer = packfile, source, target, writer
+        self.tokens, self.settings = tokens, key
+        self.n_held_out = max(1, len(tokens) // HELD_OUT)
+        self.wanted = {name: e for name, e in packfile.entries.items() if e["form"] in PACKED}
+        self.bar = tqdm(total=len(packfile.entries), unit=" tensors", desc="calibrate", disable=not progress)
+        self.bar.update(len(writer.entries))
+        self.mode = ""
+        self.fitted: dict[str, Delta] = {}  # of the layer at hand
+
+    def all(self) -> None:
+        from .activations import Streamed, Whole
+
+        try:
+            try:
+                model = Streamed(self.target, self.tokens, self.n_held_out)
+            except Error as error:
+                if self.settings["inputs"] == "compressed":
+                    raise Error(
+                        f"inputs: compressed needs a model that runs layer by layer: {error}"
+                    ) from error
+                self.mode = f"whole model in memory: {error}"
+                self.bar.write(self.mode)
+                for weights in Whole(self.target, self.tokens, self.n_held_out).collect(self._left()):
+                    self._fit_all(weights)
+            else:
+                self.mode = "layer by layer"
+                self._stream(model)
+            self._rest()
+        finally:
+            self.bar.close()
+
+    def _stream(self, model: Any) -> None:
+        state = _State(self.writer.out_dir, hashlib.sha256(json.dumps(self.settings).encode()).hexdigest())
+        try:
+            model.embed()
+            first = state.restore(model.hidden)
+            for i in range(first, len(model.layers)):
+                self._layer(model, i)
+                self.writer.flush()
+                state.save(i + 1, model.hidden)
+            if self._left():
+                self._fit_all(model.head(self._left()))
+        except BaseException:
+            state.remove()
+            raise
+        self.writer.flush()
+        state.remove()
+
+    def _layer(self, model: Any, i: int) -> None:
+        is_compressed = self.settings["inputs"] == "compressed"
+        names = model.weights(i)
+        wanted = [name for name in names if name in (self.wanted if is_compressed else self._left())]
+        self.fitted = {}
+        self._fit_all(model.run(i, dict.fromkeys(wanted), self._finetuned, keep=not is_compressed))
+        if is_compressed:
+            model.run(i, {}, self._compressed, keep=True)
+        for name in names:
+            self.source[name].release()
+            self.target[name].release()
+
+    def _left(self) -> dict[str, Any]:
+        return {name: entry for name, entry in self.wanted.items() if name not in self.writer.entries}
+
+    def _fit_all(self, weights: Iterable[Any]) -> None:
+        known: dict[int, Inputs] = {}
+        for weight in weights:
+            collected = weight.collected
+            try:
+                inputs = known.setdefault(id(collected), collected.inputs())
+            except ValueError:
+                raise ValueError(f"{weight.name}: NaN or Inf in the activations that reach it") from None
+            self._fit(weight.name, inputs, np.concatenate(collected.held_out), weight.is_turned)
+
+    def _fit(self, name: str, inputs: Inputs, held_out: F32 | None, is_turned: bool = False) -> None:
+        """Fits one weight and writes it; held_out None: all rows of the weight count alike."""
+        entry, before, after = self.wanted[name], *self._pair(name)
+        plain = self.packfile[name]
+        assert isinstance(plain, Delta)
+        chosen = fit_weight(
+            before,
+            after,
+            inputs,
+            entry["planes"],
+            entry["form"],
+            self.settings["rounds"],
+            self.settings["fit"],
+            is_turned,
+        )
+        if held_out is None:
+            old, new = (relative(squared_errors(before, after, delta)) for delta in (plain, chosen))
+        else:
+            d = to_float32(after) - to_float32(before)
+            old, new = (relative(output_error(d, x, held_out, is_turned)) for x in (plain, chosen))
+        if not (old is not None and new is not None and new < old):
+            chosen, new = plain, old
+        self.fitted[name] = chosen
+        if name not in self.writer.entries:
+            self._write(name, chosen, relative(sampled_errors(before, after, chosen)), old, new)
+
+    def _pair(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        before, after = self.source[name].array(), self.target[name].array()
+        n = self.wanted[name]["shape"][0] - self.wanted[name].get("rows", 0)
+        return before[:n], after[:n]
+
+    def _rest(self) -> None:
+        """Embeddings, and what is copied as it is."""
+        for name, entry in self._left().items():
+            is_table = name.endswith(VOCABULARY) and len(entry["shape"]) == 2
+            if is_table and entry["planes"] > 1 and self.settings["fit"] == "signs":
+                self._fit(name, Inputs(np.ones(entry["shape"][1], np.float32)), None)
+        for name, entry in self.packfile.entries.items():
+            if name not in self.writer.entries:
+                error = entry.get("relative_error")
+                self._write(name, self.packfile[name], error, None, None)
+
+    def _write(
+        self, name: str, value: Any, error: float | None, old: float | None, new: float | None
+    ) -> None:
+        entry = self.packfile.entries[name]
+        if entry["form"] == "tied":
+            value = None
+        self.writer.add(
+            name,
+            value,
+            rows=self.packfile.rows(name) if entry["form"] in PACKED else None,
+            dtype=entry["dtype"],
+            shape=entry["shape"],
+            relative_error=_rounded(error),
+            output_error=_rounded(new),
+            output_error_before=_rounded(old),
+            **{field: entry[field] for field in ("base_crc32c", "fingerprint", "tied_to") if field in entry},
+        )
+        self.bar.update()
+
+    def _finetuned(self, name: str) -> F32:
+        return np.array(to_float32(self.target[name].array()))
+
+    def _compressed(self, name: str) -> F32:
+        """The values that the packed delta stands for."""
+        value = self.fitted.get(name, self.packfile[name] if name in self.packfile else None)
+        if isinstance(value, Delta):
+            before = self.source[name].array()
+            return np.array(to_float32(value.expand(before[: value.shape[0]])))
+        return self._finetuned(name)
+
+    def report(self, out_dir: str | os.PathLike[str], seconds: float) -> dict[str, Any]:
+        entries = self.writer.entries
+        tensors = [
+            {"name": name, "before": e["output_error_before"], "after": e["output_error"]}
+            for name, e in entries.items()
+            if "output_error" in e
+        ]
+        fitted = [t for t in tensors if t["after"] < t["before"]]
+        kept = [name for name in self.wanted if name not in {t["name"] for t in fitted}]
+        return {
+            "out": str(out_dir),
+            "mode": self.mode,
+            **{name: self.settings[name] for name in ("fit", "inputs", "rounds")},
+            "tokens": int(self.tokens.size),
+            "held_out_tokens": int(self.tokens[: self.n_held_out].size),
+            "fitted": len(fitted),
+            "kept": kept,
+            "output_error_before": _mean([t["before"] for t in fitted]),
+            "output_error": _mean([t["after"] for t in fitted]),
+            "tensors": tensors,
+            "seconds": round(seconds, 3),
+        }
+
+
+class _State:
+    """The hidden states before a layer, in `.NAME.activations` beside the target."""
+
+    def __init__(self, out_dir: Path, key: str) -> None:
+        target = Path(os.path.abspath(out_dir))
+        self.folder = target.parent / f".{target.name}.activations"
+        self.key = key[:16]
+
+    def restore(self, hidden: list[F32]) -> int:
+        """The layer to go on with; `hidden` becomes what it takes."""
+        found = {int(path.stem.rpartition("-")[2]): path for path in self.folder.glob(f"{self.key}-*.npy")}
+        if not found:
+            return 0
+        with open(found[max(found)], "rb") as file:
+            for at in range(len(hidden)):
+                hidden[at] = np.load(file)
+        return max(found)
+
+    def save(self, i: int, hidden: list[F32]) -> None:
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / f"{self.key}-{i}.npy"
+        with open(self.folder / "new", "wb") as file:
+            for batch in hidden:
+                np.save(file, batch)
+        os.replace(self.folder / "new", path)
+        for other in self.folder.glob("*.npy"):
+            if other != path:
+                other.unlink()
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _rounded(error: float | None) -> float | None:
+    return None if error is None else float(f"{error:.6g}")
+
+
+def _mean(values: list[float]) -> float | None:
+    return float(np.mean(values)) if values else None
