@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from .forms import VOCABULARY
 from .packfile import PACKED, Packfile, load
 from .packfile_writer import PackfileWriter
 from .residual import relative, sampled_errors, squared_errors
+from .table import table
 
 HELD_OUT = 8  # one row of so many
 Say = Callable[[str], None]
@@ -132,7 +133,13 @@ def _tokens(text: Any, target: Checkpoint, n_tokens: int, length: int, seed: int
     logging.set_verbosity_error()
     tokenizer = None
     if text is None or isinstance(text, (str, os.PathLike)):
-        tokenizer = AutoTokenizer.from_pretrained(target.root, local_files_only=True)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(target.root, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            first = str(error).strip().split("\n")[0][:120]
+            raise Error(
+                f"{target.root}: calibration needs its tokenizer, which does not load: {first}"
+            ) from error
     tokens = load_tokens(text, tokenizer, n_tokens, length, seed)
     if len(tokens) < 2:
         raise ValueError(
@@ -335,6 +342,13 @@ class _Run:
             "tensors": tensors,
             "seconds": round(seconds, 3),
         }
+
+
+def describe(report: dict[str, Any]) -> Iterator[str]:
+    """The errors of the report as a table."""
+    yield ""
+    rows = [[t["name"], f"{t['before']:.4f}", f"{t['after']:.4f}"] for t in report["tensors"]]
+    yield from table(("tensor", ">before", ">after"), rows, "error of the output on text held out, relative")
 
 
 class _State:

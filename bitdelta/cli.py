@@ -40,6 +40,11 @@ class Fit(str, Enum):
     scales = "scales"
 
 
+class Inputs(str, Enum):
+    finetuned = "finetuned"
+    compressed = "compressed"
+
+
 class Suite(str, Enum):
     cpu = "cpu"
     io = "io"
@@ -48,8 +53,13 @@ class Suite(str, Enum):
 BASE = Annotated[
     str, typer.Argument(metavar="BASE", help="Folder or Hub id (NAME@REVISION) of the base model.")
 ]
+FINETUNED = Annotated[str, typer.Argument(metavar="FINETUNED", help="Folder or Hub id of the fine-tune.")]
 DELTA = Annotated[str, typer.Argument(metavar="DELTA", help="Folder or Hub id of a packed delta.")]
 OUT = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; it must not exist.")]
+TEXT = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Text, .jsonl, or a dataset's name; default: the text built in."),
+]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -72,7 +82,7 @@ def _global(
 @app.command()
 def compress(
     base: BASE,
-    finetuned: Annotated[str, typer.Argument(metavar="FINETUNED", help="Folder or Hub id of the fine-tune.")],
+    finetuned: FINETUNED,
     out: OUT,
     planes: Annotated[int, typer.Option(min=1, max=8, help="Sign planes: bits per weight.")] = 1,
     scale: Annotated[
@@ -81,8 +91,10 @@ def compress(
     whole: Annotated[
         list[str], typer.Option(metavar="GLOB", help="Store these tensors whole; repeatable.")
     ] = [],  # noqa: B006
-    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Calibration text.")] = None,
-    fit: Annotated[Fit, typer.Option(help="What calibration fits.")] = Fit.signs,
+    text: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Fit signs and scales to this text; see calibrate.")
+    ] = None,
+    fit: Annotated[Fit, typer.Option(help="What is fitted to it.")] = Fit.signs,
     budget: Annotated[float | None, typer.Option(metavar="BITS", help="Bits per weight to spend.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Estimate size, memory and time; write nothing.")
@@ -107,6 +119,45 @@ def compress(
         progress=_progress(),
     )
     _answer(report, as_json, _summary(report, "would write" if dry_run else "wrote", out))
+
+
+@app.command()
+def calibrate(
+    base: BASE,
+    finetuned: FINETUNED,
+    delta: DELTA,
+    out: OUT,
+    text: TEXT = None,
+    fit: Annotated[Fit, typer.Option(help="Signs and scales, or the scales alone.")] = Fit.signs,
+    inputs: Annotated[
+        Inputs, typer.Option(help="Of a layer: from the fine-tune, or from what is compressed so far.")
+    ] = Inputs.finetuned,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Of signs, then scales.")] = 3,
+    tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens to calibrate on.")] = 16384,
+    length: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of a row.")] = 128,
+    seed: Annotated[int, typer.Option(help="Decides which rows are drawn.")] = 0,
+    as_json: JSON = False,
+    debug: DEBUG = False,
+) -> None:
+    """Fit a delta's signs and scales to text, layer by layer, without gradients."""
+    from .calibrate import calibrate as run
+    from .calibrate import describe
+
+    report = run(
+        base,
+        finetuned,
+        delta,
+        text,
+        out,
+        fit=fit.value,
+        inputs=inputs.value,
+        rounds=rounds,
+        n_tokens=tokens,
+        length=length,
+        seed=seed,
+        progress=_progress(),
+    )
+    _answer(report, as_json, (*_summary(report, "wrote", out), *describe(report)))
 
 
 @app.command()

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import bitdelta
-from bitdelta import activations
+from bitdelta import activations, demo
 from bitdelta.array import to_float32
 from bitdelta.checkpoint import open_checkpoint
+from bitdelta.cli import main
 from bitdelta.delta import Delta
 from bitdelta.fitting import output_error
 
@@ -335,6 +336,19 @@ def test_compress_with_text_calibrates(pairs, tmp_path):
     report = bitdelta.compress(root / "base", root / "finetuned", tmp_path / "out", text=tokens(16, 16))
     assert report["calibration"]["fitted"] > 0 and report["out"] == str(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(bitdelta.Error, match="calibration needs its tokenizer"):
         bitdelta.compress(root / "base", root / "finetuned", tmp_path / "other", text=tmp_path / "none.txt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_the_command_takes_a_file(tmp_path, capsys):
+    root = demo.models(demo.small()[0], cache=tmp_path / "models")
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
+    base, finetuned, delta = str(root / "base"), str(root / "code"), str(tmp_path / "delta")
+    bitdelta.compress(base, finetuned, delta)
+    options = ["--text", str(tmp_path / "text.txt"), "--tokens", "512", "--length", "16", "--json"]
+    capsys.readouterr()
+    assert main(["calibrate", base, finetuned, delta, "--out", str(tmp_path / "out"), *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["tokens"] == 512 and report["fitted"] > 0
+    assert bitdelta.verify(tmp_path / "out", base, finetuned)["ok"]

@@ -58,9 +58,9 @@ def refused(capsys, arguments, words, status=2):
 def test_help_lists_the_commands_of_this_version(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("compress", "info", "verify", "merge", "import-diff", "bench", "demo"):
+    for command in ("compress", "calibrate", "info", "verify", "merge", "import-diff", "bench", "demo"):
         assert command in text
-    for later in ("distill", "calibrate", "generate", "serve", "study"):
+    for later in ("distill", "generate", "serve", "study"):
         assert later not in text
 
 
@@ -183,15 +183,15 @@ def test_debug_shows_the_traceback(tmp_path, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_calibration_is_refused_by_name(tmp_path, capsys, folders):
+def test_calibration_names_what_it_lacks(tmp_path, capsys, folders):
     base, finetuned, _ = folders
     (tmp_path / "text").write_text("x")
     refused(
         capsys,
         ["compress", base, finetuned, "--out", str(tmp_path / "o"), "--text", str(tmp_path / "text")],
-        "calib",
+        "calibration needs its tokenizer",
     )
-    refused(capsys, ["compress", base, finetuned, "--out", str(tmp_path / "o"), "--budget", "2"], "calib")
+    refused(capsys, ["compress", base, finetuned, "--out", str(tmp_path / "o"), "--budget", "2"], "budget")
 
 
 def test_an_existing_target_is_not_touched(tmp_path, capsys, folders):

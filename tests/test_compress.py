@@ -288,9 +288,9 @@ def test_files_that_the_fine_tune_changed_travel(tmp_path, matrices):
     assert not (tmp_path / "merged" / "merges.txt").exists()  # the fine-tune has none
 
 
-@pytest.mark.parametrize("option", [{"text": "corpus.txt"}, {"budget": 2.0}, {"fit": "scales"}])
-def test_calibration_is_refused(tmp_path, matrices, option):
-    refused(tmp_path, *matrices, ValueError, "calibration is not part of this version", **option)
+@pytest.mark.parametrize("option", [{"budget": 2.0}, {"fit": "scales"}])
+def test_fitting_needs_a_text(tmp_path, matrices, option):
+    refused(tmp_path, *matrices, ValueError, next(iter(option)), **option)
 
 
 @pytest.mark.parametrize(
