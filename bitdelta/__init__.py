@@ -34,6 +34,7 @@ from .calibrate import calibrate
 from .compress import compress
 from .config import show_config
 from .delta import Delta, extract
+from .distill import distill
 from .errors import BaseMismatchError, DeviceError, Error, FormatError
 from .import_diff import import_diff
 from .linear import linear, linear_add, linear_transposed
@@ -53,6 +54,7 @@ __all__ = [
     "as_bfloat16",
     "calibrate",
     "compress",
+    "distill",
     "extract",
     "get_num_threads",
     "import_diff",
@@ -68,7 +70,6 @@ __all__ = [
 ]
 
 _LAZY = {"DeltaModel": "bitdelta.model"}  # needs PyTorch
-_LATER = ("calibrate", "distill")
 
 
 def __getattr__(name: str) -> Any:
@@ -76,6 +77,4 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         return getattr(import_module(_LAZY[name]), name)
-    if name in _LATER:
-        raise AttributeError(f"bitdelta.{name} is not part of this version")
     raise AttributeError(f"module 'bitdelta' has no attribute {name!r}")

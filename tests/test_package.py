@@ -32,12 +32,6 @@ def test_every_public_name_is_there_and_documented():
         assert getattr(bitdelta, name).__doc__, name
 
 
-@pytest.mark.parametrize("name", ["distill"])
-def test_names_of_later_versions_say_so(name):
-    with pytest.raises(AttributeError, match=f"bitdelta.{name} is not part of this version"):
-        getattr(bitdelta, name)
-
-
 @pytest.mark.parametrize("name", sorted(path.stem for path in PACKAGE.glob("[a-z]*.py")))
 def test_the_examples_in_the_docstrings_run(name):
     tried = doctest.testmod(importlib.import_module(f"bitdelta.{name}"))
