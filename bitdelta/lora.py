@@ -20,7 +20,8 @@ from .change import Change, LowRank, Whole, as_torch
 from .errors import BaseMismatchError, Error, FormatError
 from .header import read_json, read_safetensors
 from .layout import contained
-from .modules import Conv1DForward, EmbeddingForward, LinearForward, kind_of
+from .linear_forward import Conv1DForward, LinearForward
+from .modules import EmbeddingForward, kind_of
 from .site import Site
 from .tenant import Tenant
 from .tenant_config import tokens

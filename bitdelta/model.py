@@ -22,10 +22,12 @@ from torch import nn
 
 from .batch import Batch, current
 from .checkpoint import Checkpoint, open_checkpoint
-from .modules import LinearForward, Wrapped, install
+from .linear_forward import LinearForward
+from .modules import install
 from .site import Site
 from .sources import tenant_from
 from .tenant import Tenant, TenantPool
+from .wrapped import Wrapped
 
 BASE = "__base__"  # as in PEFT
 INPUTS = (
@@ -206,6 +208,13 @@ class DeltaModel(nn.Module):  # type: ignore[misc]
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("model"), name)
+
+    def coverage(self, name: str) -> dict[str, Any]:
+        """How a tenant's parameters run beside other rows; see `bitdelta.coverage`."""
+        from .coverage import coverage
+
+        with self.pool.use([name]) as (tenant,):
+            return coverage(self.site, tenant)
 
     def merge_and_unload(self, name: str | None = None) -> Any:
         """The plain model of transformers with one tenant's weights in place; this object is of no use afterwards."""

@@ -97,6 +97,8 @@ def merge_into(model: DeltaModel, name: str | None) -> Any:
     site, base = model.site, model.model
     if name is not None:
         with model.pool.use([name]) as (tenant,), torch.no_grad():
+            for parameter in tenant.changes:
+                _refuse_quantised(parameter, site.parameters[parameter])
             if tenant.vocabulary is not None and tenant.vocabulary != site.vocabulary:
                 base.resize_token_embeddings(tenant.vocabulary, mean_resizing=False)
             done: set[int] = set()
@@ -120,13 +122,14 @@ def merge_into(model: DeltaModel, name: str | None) -> Any:
     return base
 
 
+def _refuse_quantised(name: str, parameter: torch.Tensor) -> None:
+    if type(parameter) not in (torch.Tensor, nn.Parameter, nn.Buffer) or not parameter.is_floating_point():
+        raise Error(f"{name}: a quantised weight; merge into the base before it is quantised: bitdelta merge")
+
+
 def _replace(base: Any, parameter: str, change: Any, before: torch.Tensor, done: set[int]) -> None:
     path, _, leaf = parameter.rpartition(".")
     module = base.get_submodule(path)
-    if not before.is_floating_point():
-        raise Error(
-            f"{parameter}: a quantised weight; merge into the base before it is quantised: bitdelta merge"
-        )
     value = change.expand(before)
     target = getattr(module, leaf)
     if target.shape == value.shape:

@@ -8,8 +8,9 @@ from typing import Any
 
 from .change import Change, Converted, Packed
 from .errors import BaseMismatchError
+from .linear_forward import LinearForward
 from .mapping import Mapping
-from .modules import EmbeddingForward, LinearForward, kind_of, owner
+from .modules import EmbeddingForward, kind_of, owner
 
 
 class Site:

@@ -110,6 +110,11 @@ def test_rows_of_several_tenants_equal_their_merged_models(name, tmp_path):
                 **{key: value[row : row + 1] for key, value in batch.items()}
             ).logits[0]
             assert (logits[row] - other).abs().max() > 1e-2 * wanted.abs().max()
+    report = model.coverage("t0")
+    assert report["linear"] + report["embedding"] + report["split"] == pytest.approx(1, abs=1e-4)
+    assert report["linear"] + report["embedding"] > (
+        0.15 if "experts" in str(dict(model.named_modules())) else 0.85
+    )
     if hasattr(model, "generate") and "input_ids" in batch and name != "bert":
         options = {"max_new_tokens": 6, "do_sample": False}
         found = model.generate(batch["input_ids"], delta_names=NAMES, **options)
