@@ -7,16 +7,20 @@ exit     0 done, 1 the answer is no (verify), 2 wrong use or bad input, 130 inte
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from .cli_eval import evaluate
+from .cli_parts import BASE, DEBUG, DELTA, FINETUNED, JSON, OUT, TEXT
+from .cli_parts import answer as _answer
+from .cli_parts import message as _message
+from .cli_parts import shows_progress as _progress
+from .cli_parts import summary as _summary
 from .errors import Error
 
 INTERRUPTED = 130  # 128 + SIGINT
@@ -53,20 +57,6 @@ class Loss(str, Enum):
 class Suite(str, Enum):
     cpu = "cpu"
     io = "io"
-
-
-BASE = Annotated[
-    str, typer.Argument(metavar="BASE", help="Folder or Hub id (NAME@REVISION) of the base model.")
-]
-FINETUNED = Annotated[str, typer.Argument(metavar="FINETUNED", help="Folder or Hub id of the fine-tune.")]
-DELTA = Annotated[str, typer.Argument(metavar="DELTA", help="Folder or Hub id of a packed delta.")]
-OUT = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; it must not exist.")]
-TEXT = Annotated[
-    str | None,
-    typer.Option(metavar="FILE", help="Text, .jsonl, or a dataset's name; default: the text built in."),
-]
-JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
-DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -243,6 +233,9 @@ def import_diff(
     _answer(report, as_json, _summary(report, "wrote", out))
 
 
+app.command("eval")(evaluate)
+
+
 @app.command()
 def distill(
     base: BASE,
@@ -371,70 +364,6 @@ def main(arguments: list[str] | None = None) -> int:
         if line:
             _message(f"bitdelta: error: {line}")
         return 2
-
-
-def _answer(report: dict[str, Any], as_json: bool, lines: Iterable[str]) -> None:
-    if as_json:
-        # NaN is not JSON: a report with one is an error here, not a document that others cannot read
-        typer.echo(json.dumps(report, indent=2, allow_nan=False, default=_plain))
-    else:
-        for line in lines:
-            typer.echo(line)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if hasattr(value, "tolist"):  # NumPy scalars and arrays
-        return value.tolist()
-    raise TypeError(f"a {type(value).__name__} in the report is not JSON")
-
-
-SAID = ("ok", "dry_run", "out", "delta")  # what the first line of a summary says
-
-
-def _summary(report: dict[str, Any], verb: str, path: object) -> Iterable[str]:
-    """`verb path`, then what can be said in a line each, aligned."""
-    yield f"{verb} {path}"
-    facts = {key: _fact(key, value) for key, value in report.items() if key not in SAID}
-    width = max((len(key) for key, text in facts.items() if text), default=0)
-    for key, text in facts.items():
-        if text:
-            yield f"  {key.replace('_', ' '):<{width}}  {text}"
-
-
-def _fact(key: str, value: Any) -> str:
-    """A value as text; empty for what does not fit a line."""
-    if isinstance(value, (str, bool)):
-        return str(value)
-    if isinstance(value, (int, float)):
-        if key.endswith("bytes"):
-            return _bytes(value)
-        return (
-            f"{value:,}"
-            if isinstance(value, int)
-            else f"{value:.2f} s"
-            if key == "seconds"
-            else f"{value:.4g}"
-        )
-    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-        return ", ".join(value[:8]) + (" ..." if len(value) > 8 else "")
-    return ""
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count:,} ({count / size:.2f} {unit})"
-    return f"{count:,}"
-
-
-def _message(text: str) -> None:
-    typer.echo(text, err=True)
-
-
-def _progress() -> bool:
-    return sys.stderr.isatty() and os.environ.get("BITDELTA_PROGRESS") != "0"
 
 
 def _refuse_existing(out: Path) -> None:

@@ -61,7 +61,7 @@ def merge(
     packfile, source = load(delta), open_checkpoint(base)
     refuse_inside(out_dir, source.root, packfile.root)
     packfile.check_base(source)
-    files = _files(packfile, source)
+    files = travelling_files(packfile, source)
     shards = _split(packfile, max_shard_bytes)
     total = sum(_nbytes(entry) for entry in packfile.entries.values())
     refuse_full(out_dir, total)
@@ -183,7 +183,7 @@ def _nbytes(entry: dict[str, Any]) -> int:
     return bits // 8
 
 
-def _files(packfile: Packfile, base: Checkpoint) -> dict[str, Path]:
+def travelling_files(packfile: Packfile, base: Checkpoint) -> dict[str, Path]:
     """The fine-tune's other files: those of the delta, and the base's where they are the same."""
     found = packfile.files()
     for name, about in packfile.config.get("files", {}).items():
