@@ -78,8 +78,7 @@ def _linear(
     precision: str = "fixed16",
     delta_in_dx: bool = True,
 ) -> T:
-    K = x.shape[1]
-    handles = _all_handles(signs, rows, columns, K)
+    handles = _all_handles(signs, rows, columns, x.shape[1])
     return run_linear(x, weight, bias, handles, tenant_ids, precision)
 
 
@@ -196,46 +195,61 @@ def _linear_backward(
 ) -> tuple[T, list[T], list[T]]:
     threads.sync()
     dy, x = _rows(dy), _rows(x)
-    dx = torch.empty(0, dtype=x.dtype)
-    if wants_dx:
-        wide = torch.zeros(x.shape) if weight is None else _times_transposed(dy, _plain(weight))
-        if delta_in_dx and signs:
-            part = torch.empty(x.shape)
-            _C.linear_transposed(part, dy, _all_handles(signs, rows, columns, x.shape[1]), tenant_ids)
-            wide += part
-        dx = wide.to(x.dtype)
+    some = _columns(columns, signs)
     drows = [torch.zeros_like(row) if wants_rows else torch.empty(0) for row in rows]
     dcolumns = [torch.zeros_like(column) if wants_columns else torch.empty(0) for column in columns]
-    if wants_rows or wants_columns:
-        some = _columns(columns, signs)
-        for t, (sign, row, column) in enumerate(zip(signs, rows, some, strict=True)):
-            at = (tenant_ids == t).nonzero().squeeze(1)
-            if len(at):
-                mine = (dy, x) if len(at) == len(x) else (dy[at], x[at])
-                drow = drows[t] if wants_rows else None
-                dcolumn = dcolumns[t] if wants_columns and column is not None else None
-                _scale_gradients(*mine, sign, row, column, drow, dcolumn)
-    return dx, drows, dcolumns
+    delta_dx, left = None, tenant_ids
+    if wants_dx and delta_in_dx and signs:
+        delta_dx = torch.empty(x.shape)
+        if wants_columns:  # the gradients of columns make the same sums
+            has_column = torch.tensor([column is not None for column in some] + [False])
+            left = torch.where(has_column[tenant_ids], -1, tenant_ids)
+        _C.linear_transposed(delta_dx, dy, _all_handles(signs, rows, columns, x.shape[1]), left)
+    for t, (sign, row, column) in enumerate(zip(signs, rows, some, strict=True)):
+        is_trained = wants_columns and column is not None
+        at = (tenant_ids == t).nonzero().squeeze(1) if wants_rows or is_trained else tenant_ids[:0]
+        if len(at):
+            mine = (dy, x) if len(at) == len(x) else (dy[at], x[at])
+            if wants_rows:
+                drows[t].copy_(_row_gradient(*mine, sign, row, column))
+            if is_trained and column is not None:
+                dcolumn, part = _column_gradient(*mine, sign, row, column)
+                dcolumns[t].copy_(dcolumn)
+                if delta_dx is not None:
+                    delta_dx[at] = part
+    if not wants_dx:
+        return torch.empty(0, dtype=x.dtype), drows, dcolumns
+    dx = torch.zeros(x.shape) if weight is None else _times_transposed(dy, _plain(weight))
+    if delta_dx is not None:
+        dx += delta_dx
+    return dx.to(x.dtype), drows, dcolumns
 
 
-def _scale_gradients(
-    dy: T, x: T, sign: T, row: T, column: T | None, drow: T | None, dcolumn: T | None
-) -> None:
-    """One tenant's, written to drow [P, N] and dcolumn [P, K]. A plane alone, with a scale of 1, is a sum of signs."""
-    N, K = row.shape[1], x.shape[1]
+def _row_gradient(dy: T, x: T, sign: T, row: T, column: T | None) -> T:
+    """One tenant's, fp32 [P, N]. A plane alone, with a scale of 1, is a sum of signs."""
+    shape = row.shape[1], x.shape[1]
+    ids, ones = torch.zeros(len(x), dtype=torch.int64), torch.ones((1, shape[0]))
+    gradients = []
+    for p in range(len(sign)):
+        before = None if column is None else column[p : p + 1].contiguous()
+        z = torch.empty((len(x), shape[0]))
+        _C.linear(z, x, None, None, None, [new_handle(sign[p : p + 1], ones, before, shape)], ids, "fixed16")
+        gradients.append(z.mul_(dy).sum(0))
+    return torch.stack(gradients)
+
+
+def _column_gradient(dy: T, x: T, sign: T, row: T, column: T) -> tuple[T, T]:
+    """One tenant's, fp32 [P, K], and the delta's part of dx, which is made of the same sums."""
+    shape = row.shape[1], x.shape[1]
     ids = torch.zeros(len(x), dtype=torch.int64)
-    ones = torch.ones((1, N))
-    for p in range(sign.shape[0]):
-        plane = sign[p : p + 1]
-        if drow is not None:
-            before = None if column is None else column[p : p + 1].contiguous()
-            z = torch.empty((len(x), N))
-            _C.linear(z, x, None, None, None, [new_handle(plane, ones, before, (N, K))], ids, "fixed16")
-            drow[p] = z.mul_(dy).sum(0)
-        if dcolumn is not None:
-            z = torch.empty((len(x), K))
-            _C.linear_transposed(z, dy, [new_handle(plane, row[p : p + 1].contiguous(), None, (N, K))], ids)
-            dcolumn[p] = z.mul_(x).sum(0)
+    gradients, dx = [], torch.empty(0)
+    for p in range(len(sign)):
+        z = torch.empty((len(x), shape[1]))
+        after = row[p : p + 1].contiguous()
+        _C.linear_transposed(z, dy, [new_handle(sign[p : p + 1], after, None, shape)], ids)
+        dx = z * column[p].detach() if p == 0 else dx + z * column[p].detach()
+        gradients.append(z.mul_(x).sum(0))
+    return torch.stack(gradients), dx
 
 
 # shapes
@@ -348,14 +362,13 @@ def _backward_transposed(ctx: Any, dg: T) -> tuple[Any, ...]:
     if needs_dy:
         ddy = torch.ops.bitdelta.linear(dg, None, None, signs, rows, columns, ids).to(dy.dtype)
     wants = any(needs_rows), any(needs_columns)
-    drows: list[T | None] = [None] * len(rows)
-    dcolumns: list[T | None] = [None] * len(columns)
-    if any(wants):
-        _, some_rows, some_columns = torch.ops.bitdelta.linear_backward(
-            dy, dg, None, signs, rows, columns, ids, False, *wants, False
-        )
-        drows, dcolumns = _wanted(some_rows, needs_rows), _wanted(some_columns, needs_columns)
-    return _as_given(ctx, ddy, [None] * ctx.n_deltas, drows, dcolumns)
+    if not any(wants):
+        return _as_given(ctx, ddy, [None] * len(signs), [None] * len(rows), [None] * len(columns))
+    _, drows, dcolumns = torch.ops.bitdelta.linear_backward(
+        dy, dg, None, signs, rows, columns, ids, False, *wants, False
+    )
+    drows, dcolumns = _wanted(drows, needs_rows), _wanted(dcolumns, needs_columns)
+    return _as_given(ctx, ddy, [None] * len(signs), drows, dcolumns)
 
 
 def _refuse_second(ctx: Any, *gradients: Any) -> Any:
