@@ -8,23 +8,8 @@
 
 #if defined(__x86_64__)
 
-#include <immintrin.h>
-#include <stdint.h>
-
+#include "avx2.h"
 #include "kernels.h"
-
-/* Code stands between these two. */
-#define BD_AVX2_PRAGMA(text) _Pragma(#text)
-#if defined(__clang__)
-#define AVX2_BEGIN \
-    BD_AVX2_PRAGMA(clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function))
-#define AVX2_END BD_AVX2_PRAGMA(clang attribute pop)
-#else
-#define AVX2_BEGIN BD_AVX2_PRAGMA(GCC push_options) BD_AVX2_PRAGMA(GCC target("avx2,f16c"))
-#define AVX2_END BD_AVX2_PRAGMA(GCC pop_options)
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
 
 /* expand_avx2.c: entries of the table. */
 void bd_expand_row_avx2(const void *base, bd_dtype dtype, const uint32_t *words,
@@ -39,14 +24,7 @@ INLINE void
 load_line(const void *data, bd_dtype dtype, int64_t k, __m256 v[4])
 {
     for (int i = 0; i < 4; i++) {
-        if (dtype == BD_F32) {
-            v[i] = _mm256_loadu_ps((const float *)data + k + 8 * i);
-            continue;
-        }
-        __m128i half = _mm_loadu_si128((const __m128i *)((const uint16_t *)data + k + 8 * i));
-        v[i] = dtype == BD_F16
-                   ? _mm256_cvtph_ps(half)
-                   : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+        v[i] = load_eight(data, dtype, k + 8 * i);
     }
 }
 

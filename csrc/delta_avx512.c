@@ -21,33 +21,10 @@ enum { PREFETCH_BYTES = 2048 }; /* ahead in each stream */
 
 /* ---- 16 columns ------------------------------------------------------------------------------- */
 
-/* Lanes of a register whose first column has n_left columns from it to the row's end. */
-INLINE __mmask16
-tail_mask(int64_t n_left)
-{
-    if (n_left >= 16) {
-        return 0xFFFF;
-    }
-    return (__mmask16)(n_left <= 0 ? 0u : (1u << n_left) - 1u);
-}
-
 INLINE int
 is_whole(__mmask16 mask)
 {
     return mask == 0xFFFF;
-}
-
-INLINE __m512
-load_columns(const void *data, bd_dtype dtype, int64_t k, __mmask16 mask)
-{
-    if (dtype == BD_F32) {
-        return _mm512_maskz_loadu_ps(mask, (const float *)data + k);
-    }
-    __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)data + k);
-    if (dtype == BD_F16) {
-        return _mm512_cvtph_ps(half);
-    }
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
 /* fp32 to bf16 in the lower halves, ties to even. */
@@ -117,8 +94,8 @@ extract_line(const void *base, bd_dtype base_dtype, const void *finetuned, bd_dt
     uint32_t word = 0;
     for (int i = 0; i < 2; i++) {
         __mmask16 mask = tail_mask(n_left - 16 * i);
-        __m512 d = _mm512_sub_ps(load_columns(finetuned, finetuned_dtype, k + 16 * i, mask),
-                                 load_columns(base, base_dtype, k + 16 * i, mask));
+        __m512 d = _mm512_sub_ps(load_masked(finetuned, finetuned_dtype, k + 16 * i, mask),
+                                 load_masked(base, base_dtype, k + 16 * i, mask));
         if (residual != NULL) {
             _mm512_mask_storeu_ps(residual + k + 16 * i, mask, d);
         }
@@ -295,7 +272,7 @@ expand_columns(const void *base, bd_dtype dtype, const planes *d, int64_t k, __m
     for (int p = 1; p < d->P; p++) {
         sum = _mm512_add_ps(sum, plane_term(d, p, k, mask));
     }
-    __m512 b = base == NULL ? _mm512_setzero_ps() : load_columns(base, dtype, k, mask);
+    __m512 b = base == NULL ? _mm512_setzero_ps() : load_masked(base, dtype, k, mask);
     store_columns(out, out_dtype, k, mask, _mm512_add_ps(b, sum), is_streamed && is_whole(mask));
 }
 
@@ -352,7 +329,7 @@ convert_typed(const void *data, bd_dtype dtype, int64_t n, float *out)
 {
     for (int64_t i = 0; i < n; i += 16) {
         __mmask16 mask = tail_mask(n - i);
-        _mm512_mask_storeu_ps(out + i, mask, load_columns(data, dtype, i, mask));
+        _mm512_mask_storeu_ps(out + i, mask, load_masked(data, dtype, i, mask));
     }
 }
 

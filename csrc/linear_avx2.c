@@ -5,21 +5,14 @@
  * 18 bits: three tables hold its digits of 6 bits. Bytes take four digits before they are widened. */
 #if defined(__x86_64__)
 
-#include <immintrin.h>
 #include <stddef.h>
 #include <string.h>
 
+#include "avx2.h"
 #include "kernels.h"
 #include "linear_avx2.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
+AVX2_BEGIN
 
 enum {
     GROUPS = 8,          /* of four columns in a line */
@@ -388,11 +381,7 @@ lut_product(const uint32_t *sign, int64_t strip_stride, int64_t n_strips, int64_
     }
 }
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+AVX2_END
 
 void
 bd_fill_avx2_linear(bd_kernels *table)

@@ -1,37 +1,16 @@
 /* linear_avx2_rows.c - AVX2 (with FMA, F16C): fixed16, base products of few rows, transposed signs. */
 #if defined(__x86_64__)
 
-#include <immintrin.h>
 #include <stddef.h>
 #include <string.h>
 
+#include "avx2.h"
 #include "dtype.h"
 #include "linear_avx2.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+AVX2_BEGIN
 
-#define INLINE static inline __attribute__((always_inline))
-
-/* Eight values of any dtype as fp32. */
-INLINE __m256
-load_eight(const void *data, bd_dtype dtype, int64_t index)
-{
-    if (dtype == BD_F32) {
-        return _mm256_loadu_ps((const float *)data + index);
-    }
-    __m128i half = _mm_loadu_si128((const void *)((const uint16_t *)data + index));
-    if (dtype == BD_F16) {
-        return _mm256_cvtph_ps(half);
-    }
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-}
-
-/* The n < 8 last ones, and zeros. */
+/* The n < 8 last values, and zeros. */
 INLINE __m256
 load_tail(const void *data, bd_dtype dtype, int64_t index, int64_t n)
 {
@@ -266,10 +245,6 @@ bd_transposed_strip_avx2(const uint32_t *sign, int64_t n_lines, const int16_t *q
     }
 }
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+AVX2_END
 
 #endif /* __x86_64__ */

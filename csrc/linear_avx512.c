@@ -19,27 +19,6 @@ enum {
     PREFETCH_LINES = 96   /* 6 KB ahead in every strip */
 };
 
-INLINE __mmask16
-tail_mask(int64_t n_left)
-{
-    return (__mmask16)(n_left >= 16 ? 0xFFFFu : n_left <= 0 ? 0u : (1u << n_left) - 1u);
-}
-
-/* ---- fp32 values of any dtype ---------------------------------------------------------------- */
-
-INLINE __m512
-load_masked(const void *data, bd_dtype dtype, int64_t index, __mmask16 mask)
-{
-    if (dtype == BD_F32) {
-        return _mm512_maskz_loadu_ps(mask, (const float *)data + index);
-    }
-    __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)data + index);
-    if (dtype == BD_F16) {
-        return _mm512_cvtph_ps(half);
-    }
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
 /* ---- quantize -------------------------------------------------------------------------------- */
 
 INLINE __m512
