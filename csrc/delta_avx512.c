@@ -336,13 +336,7 @@ convert_typed(const void *data, bd_dtype dtype, int64_t n, float *out)
 static void
 to_float32(const void *data, bd_dtype dtype, int64_t n, float *out)
 {
-    if (dtype == BD_F32) {
-        convert_typed(data, BD_F32, n, out);
-    } else if (dtype == BD_F16) {
-        convert_typed(data, BD_F16, n, out);
-    } else {
-        convert_typed(data, BD_BF16, n, out);
-    }
+    BD_BY_DTYPE(dtype, T, convert_typed(data, T, n, out));
 }
 
 AVX512_END

@@ -92,6 +92,19 @@ bd_f32_to_f16(float value)
     return (uint16_t)(sign | (rounded - 0x3F000000u));
 }
 
+/* A statement with T constant, so that what it inlines is compiled for each dtype. */
+#define BD_BY_DTYPE(dtype, T, ...)  \
+    if ((dtype) == BD_F32) {        \
+        const bd_dtype T = BD_F32;  \
+        __VA_ARGS__;                \
+    } else if ((dtype) == BD_F16) { \
+        const bd_dtype T = BD_F16;  \
+        __VA_ARGS__;                \
+    } else {                        \
+        const bd_dtype T = BD_BF16; \
+        __VA_ARGS__;                \
+    }
+
 /* data[index] as fp32. */
 static inline float
 bd_load(const void *data, bd_dtype dtype, int64_t index)

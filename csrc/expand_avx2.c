@@ -200,13 +200,7 @@ convert_typed(const void *data, bd_dtype dtype, int64_t n, float *out)
 void
 bd_to_float32_avx2(const void *data, bd_dtype dtype, int64_t n, float *out)
 {
-    if (dtype == BD_F32) {
-        convert_typed(data, BD_F32, n, out);
-    } else if (dtype == BD_F16) {
-        convert_typed(data, BD_F16, n, out);
-    } else {
-        convert_typed(data, BD_BF16, n, out);
-    }
+    BD_BY_DTYPE(dtype, T, convert_typed(data, T, n, out));
 }
 
 AVX2_END

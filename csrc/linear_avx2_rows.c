@@ -76,11 +76,7 @@ int
 bd_quantize_avx2(const void *x, bd_dtype dtype, const float *column, int64_t K, int64_t K_padded,
                  int16_t *q, int *exponent)
 {
-    if (dtype == BD_F32) {
-        return quantize_typed(x, BD_F32, column, K, K_padded, q, exponent);
-    }
-    return dtype == BD_F16 ? quantize_typed(x, BD_F16, column, K, K_padded, q, exponent)
-                           : quantize_typed(x, BD_BF16, column, K, K_padded, q, exponent);
+    BD_BY_DTYPE(dtype, T, return quantize_typed(x, T, column, K, K_padded, q, exponent));
 }
 
 /* ---- base products of few rows ---------------------------------------------------------------- */
@@ -193,18 +189,8 @@ bd_stream_rows_avx2(const float *x, int64_t x_stride, int64_t M, const void *wei
                     int64_t weight_stride, int64_t n_rows, int64_t K, float *out,
                     int64_t out_stride)
 {
-    switch (dtype) {
-        case BD_F32:
-            stream_typed(x, x_stride, M, weight, BD_F32, weight_stride, n_rows, K, out, out_stride);
-            break;
-        case BD_F16:
-            stream_typed(x, x_stride, M, weight, BD_F16, weight_stride, n_rows, K, out, out_stride);
-            break;
-        default:
-            stream_typed(x, x_stride, M, weight, BD_BF16, weight_stride, n_rows, K, out,
-                         out_stride);
-            break;
-    }
+    BD_BY_DTYPE(dtype, T,
+                stream_typed(x, x_stride, M, weight, T, weight_stride, n_rows, K, out, out_stride));
 }
 
 /* ---- transposed ------------------------------------------------------------------------------- */

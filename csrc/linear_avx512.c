@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "avx512.h"
+#include "dtype.h"
 #include "kernels.h"
 
 #if BD_AVX512
@@ -62,11 +63,7 @@ static int
 quantize(const void *x, bd_dtype dtype, const float *column, int64_t K, int64_t K_padded,
          int16_t *q, int *exponent)
 {
-    if (dtype == BD_F32) {
-        return quantize_typed(x, BD_F32, column, K, K_padded, q, exponent);
-    }
-    return dtype == BD_F16 ? quantize_typed(x, BD_F16, column, K, K_padded, q, exponent)
-                           : quantize_typed(x, BD_BF16, column, K, K_padded, q, exponent);
+    BD_BY_DTYPE(dtype, T, return quantize_typed(x, T, column, K, K_padded, q, exponent));
 }
 
 /* ---- products by look-up ----------------------------------------------------------------------
@@ -386,18 +383,8 @@ static void
 stream_rows(const float *x, int64_t x_stride, int64_t M, const void *weight, bd_dtype dtype,
             int64_t weight_stride, int64_t n_rows, int64_t K, float *out, int64_t out_stride)
 {
-    switch (dtype) {
-        case BD_F32:
-            stream_typed(x, x_stride, M, weight, BD_F32, weight_stride, n_rows, K, out, out_stride);
-            break;
-        case BD_F16:
-            stream_typed(x, x_stride, M, weight, BD_F16, weight_stride, n_rows, K, out, out_stride);
-            break;
-        default:
-            stream_typed(x, x_stride, M, weight, BD_BF16, weight_stride, n_rows, K, out,
-                         out_stride);
-            break;
-    }
+    BD_BY_DTYPE(dtype, T,
+                stream_typed(x, x_stride, M, weight, T, weight_stride, n_rows, K, out, out_stride));
 }
 
 /* ---- transposed -------------------------------------------------------------------------------

@@ -46,11 +46,7 @@ static int
 quantize(const void *x, bd_dtype dtype, const float *column, int64_t K, int64_t K_padded,
          int16_t *q, int *exponent)
 {
-    if (dtype == BD_F32) {
-        return quantize_typed(x, BD_F32, column, K, K_padded, q, exponent);
-    }
-    return dtype == BD_F16 ? quantize_typed(x, BD_F16, column, K, K_padded, q, exponent)
-                           : quantize_typed(x, BD_BF16, column, K, K_padded, q, exponent);
+    BD_BY_DTYPE(dtype, T, return quantize_typed(x, T, column, K, K_padded, q, exponent));
 }
 
 /* ---- products ---------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
  * Products by table look-up: four columns of q have 16 sums of those under the 1 bits, held as three
  * tables of 16 bytes, low, middle and high. A line loaded by bytes has in one register 8 columns of 16
  * rows: two index registers. z = 2 (sum under the bits) - (sum of q), modulo 2^32, which z fits. */
+#include "dtype.h"
 #include "kernels.h"
 
 #if defined(__aarch64__)
@@ -264,13 +265,8 @@ static void
 stream_rows(const float *x, int64_t x_stride, int64_t M, const void *weight, bd_dtype dtype,
             int64_t weight_stride, int64_t n_rows, int64_t K, float *out, int64_t out_stride)
 {
-    if (dtype == BD_F32) {
-        stream_typed(x, x_stride, M, weight, BD_F32, weight_stride, n_rows, K, out, out_stride);
-    } else if (dtype == BD_F16) {
-        stream_typed(x, x_stride, M, weight, BD_F16, weight_stride, n_rows, K, out, out_stride);
-    } else {
-        stream_typed(x, x_stride, M, weight, BD_BF16, weight_stride, n_rows, K, out, out_stride);
-    }
+    BD_BY_DTYPE(dtype, T,
+                stream_typed(x, x_stride, M, weight, T, weight_stride, n_rows, K, out, out_stride));
 }
 
 void
