@@ -266,8 +266,7 @@ def _fake_linear(
     precision: str = "fixed16",
     delta_in_dx: bool = True,
 ) -> T:
-    N = weight.shape[0] if weight is not None else rows[0].shape[1]
-    return x.new_empty((x.shape[0], N))
+    return x.new_empty((x.shape[0], rows[0].shape[1] if weight is None else weight.shape[0]))
 
 
 def _fake_backward(
@@ -367,8 +366,8 @@ def _backward_transposed(ctx: Any, dg: T) -> tuple[Any, ...]:
     _, drows, dcolumns = torch.ops.bitdelta.linear_backward(
         dy, dg, None, signs, rows, columns, ids, False, *wants, False
     )
-    drows, dcolumns = _wanted(drows, needs_rows), _wanted(dcolumns, needs_columns)
-    return _as_given(ctx, ddy, [None] * len(signs), drows, dcolumns)
+    drows = _wanted(drows, needs_rows)
+    return _as_given(ctx, ddy, [None] * len(signs), drows, _wanted(dcolumns, needs_columns))
 
 
 def _refuse_second(ctx: Any, *gradients: Any) -> Any:

@@ -387,7 +387,7 @@ def test_the_operators_pass_opcheck():
     x, ids, parts = torch.randn(5, K, requires_grad=True), torch.arange(5) % 5 - 1, ops._parts(deltas)
     bias = torch.randn(N, requires_grad=True)
     torch.library.opcheck(torch.ops.bitdelta.linear, (x, base, bias, *parts, ids))
-torch.library.opcheck(
+    torch.library.opcheck(
         torch.ops.bitdelta.linear, (x, base.requires_grad_(), None, [], [], [], ids.clamp(max=-1))
     )
     y = torch.randn(5, N)
