@@ -31,26 +31,7 @@ max_i64(int64_t a, int64_t b)
     return a > b ? a : b;
 }
 
-double
-bd_fold_lanes(double lanes[16])
-{
-    for (int width = 8; width > 0; width /= 2) {
-        for (int i = 0; i < width; i++) {
-            lanes[i] += lanes[i + width];
-        }
-    }
-    return lanes[0];
-}
-
 /* ---- rows ------------------------------------------------------------------------------------- */
-
-/* Word of line 0 of row n in plane p. */
-static uint32_t *
-row_words(const bd_extraction *x, int p, int64_t n)
-{
-    return x->sign + p * x->plane_words + n / BD_STRIP_ROWS * x->n_lines * BD_STRIP_ROWS +
-           n % BD_STRIP_ROWS;
-}
 
 static int64_t
 bad_row(const bd_extraction *x)
@@ -68,25 +49,6 @@ note_bad_row(bd_extraction *x, int64_t row)
     }
 }
 
-/* d of columns begin .. end - 1 of row n through planes 0 .. p - 1, into residual; not checked. */
-void
-bd_residual_piece(const bd_extraction *x, int64_t n, int64_t begin, int64_t end, int p,
-                  float *residual)
-{
-    const bd_kernels *kernels = x->ctx->kernels;
-    double unused[16] = {0};
-    kernels->extract_row(bd_element(x->base, n, begin), x->base->dtype,
-                         bd_element(x->finetuned, n, begin), x->finetuned->dtype, end - begin,
-                         residual, NULL, unused, NULL);
-    for (int plane = 0; plane < p; plane++) {
-        const float *column = x->column == NULL ? NULL : x->column + plane * x->K + begin;
-        float row = x->form == BD_SCALE_TENSOR ? x->scale[plane] : x->scale[plane * x->N + n];
-        kernels->residual_row(residual,
-                              row_words(x, plane, n) + begin / BD_WORD_BITS * BD_STRIP_ROWS, row,
-                              column, end - begin, NULL, NULL);
-    }
-}
-
 /* Signs of plane 0 and sums of row n; d into residual when not NULL. */
 static int
 extract_first(const bd_extraction *x, int64_t n, float *residual, double lanes[16],
@@ -94,7 +56,7 @@ extract_first(const bd_extraction *x, int64_t n, float *residual, double lanes[1
 {
     return x->ctx->kernels->extract_row(bd_element(x->base, n, 0), x->base->dtype,
                                         bd_element(x->finetuned, n, 0), x->finetuned->dtype, x->K,
-                                        residual, row_words(x, 0, n), lanes, checksum);
+                                        residual, bd_row_words(x, 0, n), lanes, checksum);
 }
 
 /* All planes of row n, one scale a row. */
@@ -109,8 +71,8 @@ extract_all(bd_extraction *x, int64_t n, float *residual, bd_crc_chains *checksu
     x->scale[n] = scale;
     for (int p = 1; p < x->P; p++) {
         double sums[16] = {0};
-        x->ctx->kernels->residual_row(residual, row_words(x, p - 1, n), scale, NULL, x->K,
-                                      row_words(x, p, n), sums);
+        x->ctx->kernels->residual_row(residual, bd_row_words(x, p - 1, n), scale, NULL, x->K,
+                                      bd_row_words(x, p, n), sums);
         scale = (float)(bd_fold_lanes(sums) / (double)x->K);
         x->scale[p * x->N + n] = scale;
     }
@@ -131,8 +93,8 @@ extract_plane(bd_extraction *x, int64_t n, int p, float *residual, bd_crc_chains
     int is_tensor = x->form == BD_SCALE_TENSOR;
     float row = is_tensor ? x->scale[p - 1] : x->scale[(p - 1) * x->N + n];
     const float *column = x->column == NULL ? NULL : x->column + (p - 1) * x->K;
-    x->ctx->kernels->residual_row(residual, row_words(x, p - 1, n), row, column, x->K,
-                                  row_words(x, p, n), lanes);
+    x->ctx->kernels->residual_row(residual, bd_row_words(x, p - 1, n), row, column, x->K,
+                                  bd_row_words(x, p, n), lanes);
     x->row_sums[n] = bd_fold_lanes(lanes);
     return !isfinite(x->row_sums[n]);
 }
@@ -145,7 +107,7 @@ clear_last_strip(bd_extraction *x, int p)
 {
     if (x->N % BD_STRIP_ROWS != 0) {
         size_t strip_words = (size_t)(x->n_lines * BD_STRIP_ROWS);
-        uint32_t *strip = row_words(x, p, x->N / BD_STRIP_ROWS * BD_STRIP_ROWS);
+        uint32_t *strip = bd_row_words(x, p, x->N / BD_STRIP_ROWS * BD_STRIP_ROWS);
         memset(strip, 0, strip_words * sizeof *strip);
     }
 }
@@ -269,8 +231,9 @@ join_checksums(const bd_extraction *x)
     return crc;
 }
 
-void *
-bd_allocate_aligned(size_t n_bytes)
+/* Not empty; for free(). */
+static void *
+allocate_aligned(size_t n_bytes)
 {
     return aligned_alloc(64, (n_bytes + 64) / 64 * 64);
 }
@@ -284,17 +247,17 @@ allocate(bd_extraction *x, int wants_checksum)
     if (has_residuals) {
         x->residual_stride = bd_n_lines(x->K) * BD_WORD_BITS;
         size_t n_bytes = (size_t)(n_workers * x->residual_stride) * sizeof(float);
-        x->residuals = bd_allocate_aligned(n_bytes);
+        x->residuals = allocate_aligned(n_bytes);
     }
     if (x->form != BD_SCALE_ROW) {
-        x->row_sums = bd_allocate_aligned((size_t)x->N * sizeof(double));
+        x->row_sums = allocate_aligned((size_t)x->N * sizeof(double));
     }
     if (x->form == BD_SCALE_RANK1) {
-        x->fit_column = bd_allocate_aligned((size_t)x->K * sizeof(double));
+        x->fit_column = allocate_aligned((size_t)x->K * sizeof(double));
     }
     if (wants_checksum) {
         bd_crc_plan_row(&x->crc_plan, x->K * (int64_t)bd_dtype_bytes(x->base->dtype));
-        x->checksums = bd_allocate_aligned((size_t)x->n_tasks * sizeof(uint32_t));
+        x->checksums = allocate_aligned((size_t)x->n_tasks * sizeof(uint32_t));
     }
     if ((has_residuals && x->residuals == NULL) ||
         (x->form != BD_SCALE_ROW && x->row_sums == NULL) ||

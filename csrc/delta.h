@@ -1,8 +1,7 @@
-/* delta.h - what delta.c and delta_rank1.c share of one extraction. Private. */
+/* delta.h - what the files delta*.c share of one extraction. Private. */
 #ifndef BITDELTA_DELTA_H_
 #define BITDELTA_DELTA_H_
 
-#include <stddef.h>
 #include <stdint.h>
 
 #include "bitdelta.h"
@@ -35,13 +34,21 @@ typedef struct {
     bd_crc_plan crc_plan;
 } bd_extraction;
 
+/* Word of line 0 of row n in plane p. */
+static inline uint32_t *
+bd_row_words(const bd_extraction *x, int p, int64_t n)
+{
+    return x->sign + p * x->plane_words + n / BD_STRIP_ROWS * x->n_lines * BD_STRIP_ROWS +
+           n % BD_STRIP_ROWS;
+}
+
+/* delta_residual.c */
+
 /* lanes, folded 8, 4, 2, 1. */
 double bd_fold_lanes(double lanes[16]);
 
-/* 64-byte aligned, not empty; NULL when out of memory; for free(). */
-void *bd_allocate_aligned(size_t n_bytes);
-
-/* Columns begin .. end - 1 (begin a multiple of 256) of row n of what planes 0 .. p - 1 leave of d. */
+/* Columns begin .. end - 1 (begin a multiple of 256) of row n of what planes 0 .. p - 1 leave of d; not
+ * checked. */
 void bd_residual_piece(const bd_extraction *x, int64_t n, int64_t begin, int64_t end, int p,
                        float *residual);
 
