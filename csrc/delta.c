@@ -14,22 +14,11 @@
 #include "checksum.h"
 #include "dtype.h"
 #include "float_state.h"
+#include "integers.h"
 #include "pool.h"
 
 #define TASK_ELEMENTS 131072     /* at least, in whole strips: some 40 us */
 #define STREAMED_BYTES 0x2000000 /* 32 MB: outputs that no cache keeps bypass it */
-
-static int64_t
-min_i64(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
-static int64_t
-max_i64(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
 
 /* ---- rows ------------------------------------------------------------------------------------- */
 

@@ -9,6 +9,7 @@
 
 #include "checksum_words.h"
 #include "dtype.h"
+#include "integers.h"
 
 AVX2_BEGIN
 
@@ -89,12 +90,6 @@ store_lanes(const __m256d sums[4], int has_pairs, double lanes[16])
     for (int i = 0; i < 16; i++) {
         lanes[lane_of(i, has_pairs)] = ordered[i];
     }
-}
-
-INLINE int64_t
-min_i64(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
 }
 
 /* Bits of n < 32 columns. */

@@ -5,6 +5,7 @@
 #include <stddef.h>
 
 #include "dtype.h"
+#include "integers.h"
 
 /* s * scale for bit 1 or 0: the sign flips, exactly. */
 static inline float
@@ -17,12 +18,6 @@ static inline float
 scale_at(float row, const float *column, int64_t k)
 {
     return column == NULL ? row : row * column[k];
-}
-
-static int64_t
-min_i64(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
 }
 
 /* ---- extraction ------------------------------------------------------------------------------- */

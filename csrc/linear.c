@@ -10,15 +10,10 @@
 
 #include "dtype.h"
 #include "float_state.h"
+#include "integers.h"
 #include "kernels.h"
 #include "linear_plan.h"
 #include "pool.h"
-
-static int64_t
-min64(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
 
 /* ---- first round: rows of x ------------------------------------------------------------------- */
 
@@ -62,7 +57,7 @@ prepare_plane(const bd_linear_job *job, const bd_segment *segment, int p, int16_
     if (job->args->precision == BD_FIXED16) {
         for (int64_t l = 0; l < job->n_lines; l += BD_BLOCK_LINES) {
             segment->product->prepare(q + l * BD_WORD_BITS, K_padded,
-                                      min64(job->n_lines - l, BD_BLOCK_LINES), segment->n_rows,
+                                      min_i64(job->n_lines - l, BD_BLOCK_LINES), segment->n_rows,
                                       prepared + l / BD_BLOCK_LINES * segment->block_bytes);
         }
     }
@@ -135,7 +130,7 @@ fixed_product(const bd_linear_job *job, const bd_segment *segment, const uint32_
     const int64_t n_sums = segment->n_rows * chunk->stride;
     for (int64_t l = 0; l < job->n_lines; l += BD_BLOCK_LINES) {
         segment->product->product(sign + l * BD_STRIP_ROWS, job->n_lines * BD_STRIP_ROWS,
-                                  chunk->n_strips, min64(job->n_lines - l, BD_BLOCK_LINES),
+                                  chunk->n_strips, min_i64(job->n_lines - l, BD_BLOCK_LINES),
                                   prepared + l / BD_BLOCK_LINES * segment->block_bytes,
                                   segment->n_rows, own->z, chunk->stride, own->product);
         if (job->n_lines > BD_BLOCK_LINES) {
@@ -286,12 +281,12 @@ linear_task(void *argument, int64_t index, int worker)
     const bd_buffers *own = &job->buffers[worker];
     const bd_float_state saved = bd_set_float_state();
     chunk chunk = {.strip = index * job->chunk_strips, .stride = job->chunk_strips * BD_STRIP_ROWS};
-    chunk.n_strips = min64(job->chunk_strips, bd_n_strips(job->N) - chunk.strip);
+    chunk.n_strips = min_i64(job->chunk_strips, bd_n_strips(job->N) - chunk.strip);
     chunk.n = chunk.strip * BD_STRIP_ROWS;
-    chunk.n_columns = min64(chunk.n_strips * BD_STRIP_ROWS, job->N - chunk.n);
+    chunk.n_columns = min_i64(chunk.n_strips * BD_STRIP_ROWS, job->N - chunk.n);
     for (int64_t m = 0; args->weight != NULL && m < job->n_rows; m += BD_STREAM_ROWS) {
         job->kernels->stream_rows(
-            job->x + m * job->x_stride, job->x_stride, min64(job->n_rows - m, BD_STREAM_ROWS),
+            job->x + m * job->x_stride, job->x_stride, min_i64(job->n_rows - m, BD_STREAM_ROWS),
             bd_element(args->weight, chunk.n, 0), args->weight->dtype, args->weight->row_stride,
             chunk.n_columns, job->K, own->base + m * chunk.stride, chunk.stride);
     }
@@ -333,7 +328,7 @@ bd_linear(const bd_context *ctx, const bd_linear_args *args)
         return BD_OK;
     }
     int64_t *starts = malloc((size_t)(T + 3 + M) * sizeof *starts);
-    bd_segment *segments = malloc((size_t)min64(M, BD_PASS_ROWS) * sizeof *segments);
+    bd_segment *segments = malloc((size_t)min_i64(M, BD_PASS_ROWS) * sizeof *segments);
     bd_status status = starts == NULL || segments == NULL ? BD_ERR_MEMORY : BD_OK;
     if (status == BD_OK) {
         status = bd_group_rows(args->tenant_ids, M, T, starts, starts + T + 3);
@@ -343,7 +338,7 @@ bd_linear(const bd_context *ctx, const bd_linear_args *args)
         bd_linear_job pass = {.args = args,
                               .kernels = ctx->kernels,
                               .order = starts + T + 3 + first,
-                              .n_rows = min64(M - first, n_pass),
+                              .n_rows = min_i64(M - first, n_pass),
                               .N = args->y->n_columns,
                               .K = args->x->n_columns,
                               .n_lines = bd_n_lines(args->x->n_columns),

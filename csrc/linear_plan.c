@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "integers.h"
 #include "pool.h"
 
 enum {
@@ -28,18 +29,6 @@ carve(arena *memory, int64_t bytes)
     return start;
 }
 
-static int64_t
-min64(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
-static int64_t
-max64(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
 /* ---- layout ----------------------------------------------------------------------------------- */
 
 static void
@@ -48,7 +37,7 @@ split_into_segments(bd_linear_job *job, int n_workers)
     const int64_t *ids = job->args->tenant_ids;
     /* One worker prepares a segment: there should be one for each. */
     const int64_t n_fair = (job->n_rows / n_workers + 15) / 16 * 16;
-    const int64_t n_most = min64(MAX_SEGMENT, max64(MIN_SEGMENT, n_fair));
+    const int64_t n_most = min_i64(MAX_SEGMENT, max_i64(MIN_SEGMENT, n_fair));
     job->n_segments = 0;
     for (int64_t first = 0, end; first < job->n_rows; first = end) {
         bd_segment *next = &job->segments[job->n_segments++];
@@ -98,14 +87,15 @@ static void
 lay_out_buffers(const bd_linear_job *job, bd_buffers *buffers, arena *memory)
 {
     const int64_t n_columns = job->chunk_strips * BD_STRIP_ROWS;
-    const int64_t n_lines = min64(job->n_lines, BD_BLOCK_LINES);
+    const int64_t n_lines = min_i64(job->n_lines, BD_BLOCK_LINES);
     int64_t n_rows = 0, product_bytes = 0;
     for (int64_t s = 0; s < job->n_segments; s++) {
         const bd_segment *segment = &job->segments[s];
-        n_rows = max64(n_rows, segment->n_rows);
+        n_rows = max_i64(n_rows, segment->n_rows);
         if (segment->product != NULL) {
-            product_bytes = max64(product_bytes, segment->product->scratch_bytes(
-                                                     job->chunk_strips, n_lines, segment->n_rows));
+            product_bytes = max_i64(
+                product_bytes,
+                segment->product->scratch_bytes(job->chunk_strips, n_lines, segment->n_rows));
         }
     }
     buffers->q = carve(memory, n_rows * job->n_lines * BD_WORD_BITS * 2);
@@ -152,9 +142,9 @@ is_worth_threads(const bd_linear_job *job)
 static int64_t
 strips_a_task(int64_t n_strips, int n_workers)
 {
-    int64_t n = min64(BD_MAX_CHUNK, n_strips);
+    int64_t n = min_i64(BD_MAX_CHUNK, n_strips);
     if (n_workers > 1) {
-        n = min64(n, max64(1, n_strips / (TASKS_A_WORKER * n_workers)));
+        n = min_i64(n, max_i64(1, n_strips / (TASKS_A_WORKER * n_workers)));
     }
     return n > TILE_STRIPS ? n / TILE_STRIPS * TILE_STRIPS : n;
 }
@@ -200,5 +190,5 @@ bd_group_rows(const int64_t *tenant_ids, int64_t M, int64_t n_deltas, int64_t *s
 int64_t
 bd_pass_rows(int64_t K)
 {
-    return min64(BD_PASS_ROWS, max64(BD_STREAM_ROWS, PASS_ELEMENTS / max64(K, 1)));
+    return min_i64(BD_PASS_ROWS, max_i64(BD_STREAM_ROWS, PASS_ELEMENTS / max_i64(K, 1)));
 }
