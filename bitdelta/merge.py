@@ -38,6 +38,7 @@ def merge(
     out_dir: str | os.PathLike[str],
     progress: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Writes the checkpoint that `delta` makes of `base`.
 
@@ -47,9 +48,10 @@ def merge(
         out_dir: the folder to write; it must not exist.
         progress: a progress bar on stderr.
         max_shard_bytes: larger checkpoints are split.
+        dry_run: check everything that can refuse; write nothing.
 
     Returns:
-        A dict that JSON can hold: tensors, bytes, files, seconds.
+        A dict that JSON can hold: tensors, bytes, shards, files; seconds, unless `dry_run`.
 
     Raises:
         bitdelta.BaseMismatchError: the delta was made from another base.
@@ -65,6 +67,15 @@ def merge(
     shards = _split(packfile, max_shard_bytes)
     total = sum(_nbytes(entry) for entry in packfile.entries.values())
     refuse_full(out_dir, total)
+    report = {
+        "out": str(out_dir),
+        "tensors": len(packfile),
+        "bytes": total,
+        "shards": len(shards),
+        "files": sorted(files),
+    }
+    if dry_run:
+        return {"dry_run": True, **report}
     folder = PendingFolder(out_dir)
     try:
         folder.clear()
@@ -77,15 +88,7 @@ def merge(
         raise full_disk(error, Path(out_dir)) from error
     finally:
         folder.discard()
-    seconds = time.perf_counter() - start
-    return {
-        "out": str(out_dir),
-        "tensors": len(packfile),
-        "bytes": total,
-        "shards": len(shards),
-        "files": sorted(files),
-        "seconds": round(seconds, 3),
-    }
+    return {**report, "seconds": round(time.perf_counter() - start, 3)}
 
 
 def _write(folder: Path, packfile: Packfile, base: Checkpoint, shards: list[list[str]], bar: Any) -> None:
