@@ -24,7 +24,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .delta import Delta
 from .errors import BaseMismatchError
 from .folder import PendingFolder, full_disk, refuse_existing, refuse_full, refuse_inside, reserve, write_all
-from .packfile import Packfile, load
+from .packfile import Packfile, load, spec_bytes
 from .tensor import DTYPES
 
 MAX_SHARD_BYTES = 5 << 30  # what transformers shards by
@@ -180,10 +180,8 @@ def _header(packfile: Packfile, names: list[str]) -> bytes:
 
 
 def _nbytes(entry: dict[str, Any]) -> int:
-    bits = DTYPES[entry["dtype"]][0]
-    for size in entry["shape"]:
-        bits *= size
-    return bits // 8
+    """Bytes that the tensor has in the checkpoint; tied ones are written again."""
+    return spec_bytes((entry["dtype"], tuple(entry["shape"])))
 
 
 def travelling_files(packfile: Packfile, base: Checkpoint) -> dict[str, Path]:
