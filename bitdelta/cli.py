@@ -116,7 +116,7 @@ def compress(
     _answer(report, as_json, _summary(report, "would write" if dry_run else "wrote", out))
 
 
-@app.command(short_help="Fit signs and scales to text.")
+@app.command()
 def calibrate(
     base: BASE,
     finetuned: FINETUNED,
@@ -155,7 +155,7 @@ def calibrate(
     _answer(report, as_json, (*_summary(report, "wrote", out), *describe(report)))
 
 
-@app.command(short_help="Show what a delta holds.")
+@app.command()
 def info(delta: DELTA, as_json: JSON = False, debug: DEBUG = False) -> None:
     """Show what a delta holds: per tensor form, bytes and error; shares; the factor."""
     from .info import describe
@@ -165,7 +165,7 @@ def info(delta: DELTA, as_json: JSON = False, debug: DEBUG = False) -> None:
     _answer(report, as_json, describe(report))
 
 
-@app.command(short_help="Check a delta and its base.")
+@app.command()
 def verify(
     delta: DELTA,
     base: Annotated[str, typer.Option(metavar="BASE", help="Folder or Hub id of the base model.")],
@@ -185,7 +185,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command(short_help="Write base + delta as a checkpoint.")
+@app.command()
 def merge(
     base: BASE,
     delta: DELTA,
@@ -197,11 +197,26 @@ def merge(
     """Write base + delta as a full checkpoint that transformers loads."""
     from .merge import merge as run
 
-    report = run(base, delta, out, dry_run=dry_run, progress=_progress())
-    _answer(report, as_json, _summary(report, "would write" if dry_run else "wrote", out))
+    if dry_run:
+        from .checkpoint import open_checkpoint
+        from .packfile import load
+
+        _refuse_existing(out)
+        packfile, checkpoint = load(delta), open_checkpoint(base)
+        packfile.check_base(checkpoint)
+        report = {
+            "dry_run": True,
+            "tensors": len(packfile.entries),
+            "base": str(checkpoint.root),
+            "out": str(out),
+        }
+        _answer(report, as_json, [f"would write {len(packfile.entries)} tensors to {out}"])
+        return
+    report = run(base, delta, out) or {}
+    _answer({"out": str(out), **report}, as_json, _summary(report, "wrote", out))
 
 
-@app.command("import-diff", short_help="Convert the original project's diff.pt.")
+@app.command("import-diff")
 def import_diff(
     diff: Annotated[
         Path, typer.Argument(metavar="DIFF.pt", help="A diff.pt of the original BitDelta project.")
@@ -218,10 +233,10 @@ def import_diff(
     _answer(report, as_json, _summary(report, "wrote", out))
 
 
-app.command("eval", short_help="Measure a delta against its fine-tune.")(evaluate)
+app.command("eval")(evaluate)
 
 
-@app.command(short_help="Train a delta's scales by gradients.")
+@app.command()
 def distill(
     base: BASE,
     finetuned: Annotated[str, typer.Argument(metavar="FINETUNED", help="Folder or Hub id of the fine-tune.")],
@@ -285,7 +300,7 @@ def distill(
         _answer(report, as_json, _summary(report, "wrote", out))
 
 
-@app.command(short_help="Check and time the kernels here.")
+@app.command()
 def bench(
     suite: Annotated[
         Suite, typer.Argument(help="cpu: all of it; io: packfile and compress only.")
@@ -303,7 +318,7 @@ def bench(
     _answer(report, as_json, suites.describe(report))
 
 
-@app.command(short_help="Train small models and compress them.")
+@app.command()
 def demo(
     small: Annotated[bool, typer.Option("--small", help="Tiny models and poor text, in seconds.")] = False,
     cache: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the models here.")] = None,
@@ -343,15 +358,17 @@ def main(arguments: list[str] | None = None) -> int:
 
             traceback.print_exc()
         text = str(usage()) if usage else str(error) or type(error).__name__
-        context = getattr(error, "ctx", None)
-        if usage and context is not None:
-            text = f"{text.rstrip('.')}; see {context.command_path} --help"
         if not known:
             text = f"internal error: {type(error).__name__}: {text}; --debug shows where"
         line = " ".join(text.split())
         if line:
             _message(f"bitdelta: error: {line}")
         return 2
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise FileExistsError(f"{out} exists; choose another --out")
 
 
 if __name__ == "__main__":

@@ -224,8 +224,11 @@ def _step(student: Student, rows: Rows, settings: Settings, group: Group, step: 
         loss = _loss(student, rows, at[group.rank :: group.size], settings, settings.loss) / count
         loss.backward()
         total += loss.detach().cpu()
-    gradients = [parameter.grad for parameter in student.parameters().values() if parameter.grad is not None]
-    group.add([total, *gradients])
+    parameters = student.parameters().values()
+    for parameter in parameters:
+        if parameter.grad is None:  # of a linear that the targets do not depend on, as an encoder's pooler
+            parameter.grad = torch.zeros_like(parameter)
+    group.add([total, *(parameter.grad for parameter in parameters)])
     if not math.isfinite(float(total)):
         raise Error(f"step {step}: the loss is {float(total)}; a lower lr may help")
     return float(total)
