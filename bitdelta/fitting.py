@@ -6,6 +6,7 @@
     rows     given the signs     least squares, P scales a row (or P for the whole matrix)
     columns  given the rest      least squares, K scales a plane
     again, `rounds` times; what was best is kept
+    sweeps                       as many times: column after column the level that lowers the error most, the rest given
 
 A weight that the layer multiplies from the other side, as GPT-2's Conv1D [in, out], is fitted turned around: its row
 scales are then scales of columns. Error feedback is GPTQ's (arXiv 2210.17323), here on the difference of two weights
@@ -14,6 +15,7 @@ with levels that are fitted too. NumPy and its LAPACK do the rest; no gradients,
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,7 +26,7 @@ from numpy.typing import NDArray
 from . import _C, threads
 from .array import Tensor, aligned_empty, to_float32
 from .delta import Delta, extract
-from .reference import pack
+from .reference import pack, unpack
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -123,6 +125,12 @@ def fit(
                 state.fit_signs()
             state.fit_scales()
             state.keep()
+    if fit == "signs":
+        state.go_back()
+        for _ in range(rounds):
+            state.sweep()
+            state.fit_scales()
+            state.keep()
     return state.best
 
 
@@ -153,6 +161,7 @@ class _Fit:
         if wrong >= self.least:
             return
         self.least = wrong
+        self._own_best = self.sign, self.row, self.column
         row, column, sign = self.row, self.column, self.sign
         shape = self.d.shape
         if self.is_turned:
@@ -163,6 +172,38 @@ class _Fit:
                 assert column is not None
                 row, column = column, row if self.form == "rank1" else None
         self.best = Delta(sign, row, column, shape, self.form)
+
+    def go_back(self) -> None:
+        """To where the error was the least."""
+        self.sign, self.row, self.column = self._own_best
+
+    def sweep(self) -> None:
+        """Every column in turn moves to the level nearest to q + G / H[k, k], G = left H, which lowers the error.
+
+        Few move, so that only their rows of G are worth an update.
+        """
+        N, K = self.d.shape
+        diagonal = self.inputs.damped if self.inputs.is_diagonal else np.diagonal(self.inputs.damped)
+        bits = np.stack([unpack(plane, N, K) for plane in self.sign])
+        for rows in self._parts():
+            pull = self.inputs.weigh(self._left(rows))
+            for k in self.inputs.order:
+                step = (
+                    self.row[:, rows] if self.column is None else self.row[:, rows] * self.column[:, k, None]
+                )
+                old = bits[:, rows, k]
+                now = np.where(old, step, -step).sum(axis=0)
+                want = now + pull[:, k] / diagonal[k]
+                new, level = _nearest(step, want)
+                moved = np.flatnonzero(np.abs(want - level) < np.abs(want - now) * np.float32(0.9999))
+                if len(moved):
+                    bits[:, rows.start + moved, k] = new[:, moved]
+                    change = (level - now)[moved, None]
+                    if self.inputs.is_diagonal:
+                        pull[moved, k] -= change[:, 0] * diagonal[k]
+                    else:
+                        pull[moved] -= change * self.inputs.damped[k]
+        self.sign = _copy(np.stack([pack(plane) for plane in bits]))
 
     def fit_signs(self) -> None:
         threads.sync()
@@ -253,6 +294,14 @@ class _Fit:
         ones = np.ones((1, self.d.shape[0]), np.float32)
         form = "row" if column is None else "rank1"
         return expand_rows(Delta(self.sign[p : p + 1], ones, column, self.d.shape, form), rows)
+
+
+def _nearest(step: F32, want: F32) -> tuple[NDArray[np.bool_], F32]:
+    """The signs [P, N] of the level of +-step[0] +-step[1] ... nearest to `want`, and the level [N]."""
+    choices = np.array(list(itertools.product((True, False), repeat=len(step))))  # [2^P, P]
+    levels = np.where(choices[..., None], step, -step).sum(axis=1)
+    best = np.abs(levels - want).argmin(axis=0)
+    return choices[best].T, levels[best, np.arange(len(want))]
 
 
 def expand_rows(delta: Delta, rows: slice) -> F32:

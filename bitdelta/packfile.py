@@ -18,7 +18,8 @@ Keys of the tensors, for NAME of shape [N, K] (a stack of matrices [E, N, K] has
 An entry: form (also "same" as the base's, and "tied" to another tensor of the fine-tune), shape and dtype of the
 fine-tune's tensor, planes, rows (A), bytes, sha256 of the keys' bytes in the order above, fingerprint of the base's
 tensor, base_crc32c of the base's elements that were used, relative_error ||d - approximation|| / ||d|| of d =
-finetuned - base on up to 16 rows, evenly spaced.
+finetuned - base on up to 16 rows, evenly spaced; after `calibrate` output_error ||X (d - approximation)^T|| / ||X d^T||
+on inputs X of the layer that were held out, and output_error_before.
 """
 
 from __future__ import annotations

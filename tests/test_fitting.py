@@ -8,7 +8,7 @@ import bitdelta
 from bitdelta import _C, reference_calibrate
 from bitdelta.array import aligned_empty, to_float32
 from bitdelta.delta import extract
-from bitdelta.fitting import Inputs, fit, output_error
+from bitdelta.fitting import Inputs, _Fit, fit, output_error
 from bitdelta.reference import unpack
 
 
@@ -220,3 +220,28 @@ def test_a_weight_may_be_turned_around(rng, scale, planes):
         errors[what] = output_error(d, delta, x, is_turned=True)[0]
     assert errors["signs"] < errors["scales"] < output_error(d, plain, x, is_turned=True)[0]
     assert np.allclose(output_error(d, plain, x, True)[1], output_error(d.T, mirrored, x)[1])
+
+
+@pytest.mark.parametrize("scale", ["tensor", "row", "rank1"])
+@pytest.mark.parametrize("planes", [1, 3])
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_a_sweep_lowers_the_error(rng, scale, planes, is_turned):
+    n, k = (24, 40) if is_turned else (40, 24)
+    base, finetuned = pair(rng, n, k)
+    d = finetuned - base
+    state = _Fit(
+        d.T.copy() if is_turned else d,
+        hessian(some_inputs(rng, 24)),
+        extract(base, finetuned, planes, scale),
+        is_turned,
+    )
+    state.keep()
+    before = state.least
+    for _ in range(4):
+        state.sweep()
+        state.keep()
+    assert state.least < 0.9 * before
+    last = state.best.sign.copy()
+    state.sweep()
+    state.keep()
+    assert np.mean(last == state.best.sign) > 0.7  # it comes to rest
