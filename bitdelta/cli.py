@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from .cli_eval import evaluate
+from .cli_generate import generate
 from .cli_parts import BASE, DEBUG, DELTA, FINETUNED, JSON, OUT, TEXT
 from .cli_parts import answer as _answer
 from .cli_parts import message as _message
@@ -234,6 +235,7 @@ def import_diff(
 
 
 app.command("eval")(evaluate)
+app.command()(generate)
 
 
 @app.command()

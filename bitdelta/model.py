@@ -26,7 +26,7 @@ from .linear_forward import LinearForward
 from .modules import install
 from .site import Site
 from .sources import tenant_from
-from .tenant import Tenant, TenantPool
+from .tenant import Tenant, TenantPool, unknown
 from .wrapped import Wrapped
 
 BASE = "__base__"  # as in PEFT
@@ -132,7 +132,7 @@ class DeltaModel(nn.Module):  # type: ignore[misc]
         """Sets the tenant of rows that name none; None or "__base__": the base."""
         name = None if name == BASE else name
         if name is not None and name not in self.pool.names:
-            raise KeyError(f"{name}: no such delta; loaded: {', '.join(self.pool.names) or 'none'}")
+            raise unknown(name, self.pool.names)
         self.active = name
 
     def pin_delta(self, name: str, pinned: bool = True) -> None:
@@ -143,6 +143,12 @@ class DeltaModel(nn.Module):  # type: ignore[misc]
     def deltas(self) -> list[str]:
         """The tenants' names."""
         return list(self.sources)
+
+    def source(self, name: str) -> str:
+        """The folder or Hub id that a tenant was loaded from."""
+        if name not in self.sources:
+            raise unknown(name, self.sources)
+        return self.sources[name]
 
     def forward(
         self, *args: Any, delta_names: str | Sequence[str | None] | None = None, **kwargs: Any

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -25,6 +25,16 @@ if TYPE_CHECKING:
     from .mapping import Conversion
     from .packfile import Packfile
     from .site import Site
+
+
+class UnknownTenantError(Error, KeyError):
+    """No tenant has this name."""
+
+    __str__ = Exception.__str__  # KeyError's shows the quotes of the text
+
+
+def unknown(name: str, names: Iterable[str]) -> UnknownTenantError:
+    return UnknownTenantError(f"{name}: no such delta; loaded: {', '.join(names) or 'none'}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +188,7 @@ class TenantPool:
         """Forgets a tenant.
 
         Raises:
-            KeyError: there is none of this name.
+            UnknownTenantError: there is none of this name.
             bitdelta.Error: a batch runs with it.
         """
         with self._lock:
@@ -223,7 +233,7 @@ class TenantPool:
     def _known(self, name: str) -> _Entry:
         entry = self._entries.get(name)
         if entry is None:
-            raise KeyError(f"{name}: no such delta; loaded: {', '.join(self._entries) or 'none'}")
+            raise unknown(name, self._entries)
         return entry
 
     def _acquire(self, name: str) -> Tenant:

@@ -24,11 +24,12 @@ def shift(model, seed, size=0.03):
     return model
 
 
-def make(root, config, cls=None, tenants=2, size=0.03, change=None, planes=1, seed=0):
+def make(root, config, cls=None, tenants=2, size=0.03, change=None, planes=1, seed=0, keep_base=False):
     """Folders base, fine-I, delta-I, merged-I under `root`; `change(model, i)` may alter a fine-tune further."""
     cls = cls or transformers.LlamaForCausalLM
     torch.manual_seed(seed)
-    cls(config).save_pretrained(root / "base")
+    if not keep_base:
+        cls(config).save_pretrained(root / "base")
     for i in range(tenants):
         model = shift(cls.from_pretrained(root / "base"), i + 1, size)
         model = (change(model, i) if change else None) or model

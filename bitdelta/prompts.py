@@ -1,0 +1,127 @@
+"""Texts in, texts out: prompts of several tenants answered in one batch, each with its tenant's own tokenizer."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .hub import resolve
+from .model import BASE, DeltaModel
+from .packfile import CONFIG, load
+
+DEFAULT_TOKENS = 64
+
+
+def answer(
+    base: str | os.PathLike[str],
+    deltas: Mapping[str, str | os.PathLike[str]],
+    prompts: Sequence[tuple[str | None, str]],
+    max_new_tokens: int = DEFAULT_TOKENS,
+    temperature: float = 0.0,
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, Any]:
+    """Answers all prompts in one batch.
+
+    Args:
+        base: the base's checkpoint, a folder or Hub id.
+        deltas: name -> packed delta or LoRA adapter.
+        prompts: (name or None for the base, text).
+        max_new_tokens: of every answer, at most.
+        temperature: 0: the likeliest token; else sampled.
+        seed: of the sampling.
+        options: for `DeltaModel.from_pretrained`.
+
+    Returns:
+        A dict that JSON can hold: rows (delta, prompt, text, tokens), tokens, seconds, tokens_per_second.
+
+    Raises:
+        bitdelta.Error: a prompt for a name that is not in `deltas`.
+    """
+    if not prompts:
+        raise ValueError("prompts: expected at least one, got none")
+    model = DeltaModel.from_pretrained(base, **options)
+    for name, path in deltas.items():
+        model.load_delta(name, path)
+    names = [None if name in (None, BASE, "") else name for name, _ in prompts]
+    for used in filter(None, names):
+        model.source(used)
+    tokenizers = {name: _tokenizer(model, name) for name in dict.fromkeys(names)}
+    rows = [tokenizers[name](text)["input_ids"] for name, (_, text) in zip(names, prompts, strict=True)]
+    length = max(1, *map(len, rows))
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        if row:
+            ids[i, -len(row) :], mask[i, -len(row) :] = torch.tensor(row), 1
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    made = model.generate(
+        ids, attention_mask=mask, delta_names=names, max_new_tokens=max_new_tokens, **sampling
+    )
+    seconds = time.perf_counter() - start
+    answers = [
+        _text(model, name, tokenizers[name], row[length:]) for name, row in zip(names, made, strict=True)
+    ]
+    count = sum(n for _, n in answers)
+    return {
+        "rows": [
+            {"delta": name or BASE, "prompt": text, "text": found, "tokens": n}
+            for name, (_, text), (found, n) in zip(names, prompts, answers, strict=True)
+        ],
+        "tokens": count,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(count / seconds, 2),
+    }
+
+
+def _text(model: DeltaModel, name: str | None, tokenizer: Any, tokens: Any) -> tuple[str, int]:
+    """The answer, and how many tokens it has with its end token."""
+    with model.batch(name, 1) as batch:
+        ends = batch.tenants[0].eos if batch.tenants else _ends(model)
+    found = torch.isin(tokens, torch.tensor(ends, dtype=torch.long)).nonzero()
+    n = int(found[0]) + 1 if len(found) else len(tokens)
+    return tokenizer.decode(tokens[:n], skip_special_tokens=True), n
+
+
+def _ends(model: DeltaModel) -> tuple[int, ...]:
+    from .tenant_config import tokens
+
+    return tokens(model.model.generation_config.eos_token_id)
+
+
+def _tokenizer(model: DeltaModel, name: str | None) -> Any:
+    """The tenant's: the base's files with those that it has of its own."""
+    from transformers import AutoTokenizer
+
+    files = dict(model.base.files)
+    if name is not None:
+        root = resolve(model.source(name)).root
+        if (root / CONFIG).is_file():
+            files |= load(root).files()
+        elif (root / "tokenizer_config.json").is_file():
+            return AutoTokenizer.from_pretrained(root)
+    with tempfile.TemporaryDirectory() as folder:
+        for file, path in files.items():
+            target = Path(folder) / file
+            target.parent.mkdir(exist_ok=True)
+            target.symlink_to(path.resolve())
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def describe(report: Mapping[str, Any]) -> list[str]:
+    """The answers as text."""
+    lines = []
+    for row in report["rows"]:
+        lines += [f"[{row['delta']}] {row['prompt']}{row['text']}", ""]
+    return [
+        *lines,
+        f"{report['tokens']} tokens in {report['seconds']} s: {report['tokens_per_second']} a second",
+    ]
