@@ -8,9 +8,11 @@ from typing import Any
 from .linear_forward import LinearForward
 from .modules import EmbeddingForward, kind_of
 from .site import Site
+from .split_forward import NormForward
 from .tenant import Tenant
+from .wrapped import Wrapped
 
-WAYS = ("linear", "embedding", "split", "shared")
+WAYS = ("linear", "embedding", "norm", "split", "shared")
 
 
 def coverage(site: Site, tenant: Tenant) -> dict[str, Any]:
@@ -19,7 +21,8 @@ def coverage(site: Site, tenant: Tenant) -> dict[str, Any]:
     Returns:
         linear: their products are made for all tenants at once (signs, low-rank and whole weights).
         embedding: their rows are looked up.
-        split: the batch is cut by tenant for the module that holds them (norms, routers, experts).
+        norm: a row's weight is picked from a table.
+        split: the batch is cut by tenant for the module that holds them (routers, experts, ...).
         shared: the base's.
         parameters: how many there are.
         modules: the kinds of modules that are split -> their share.
@@ -38,13 +41,7 @@ def coverage(site: Site, tenant: Tenant) -> dict[str, Any]:
         if changed:
             module = site.model.get_submodule(site.owner(changed[0])[0])
             kind = kind_of(module)
-            way = (
-                "linear"
-                if issubclass(kind, LinearForward)
-                else "embedding"
-                if kind is EmbeddingForward
-                else "split"
-            )
+            way = _way(kind)
             if way == "split":
                 kinds[type(module).__name__] = kinds.get(type(module).__name__, 0) + size
         count[way] += size
@@ -55,3 +52,9 @@ def coverage(site: Site, tenant: Tenant) -> dict[str, Any]:
         "parameters": total,
         "modules": {kind: round(n / total, 6) for kind, n in kinds.items()},
     }
+
+
+def _way(kind: type[Wrapped]) -> str:
+    if issubclass(kind, LinearForward):
+        return "linear"
+    return "embedding" if kind is EmbeddingForward else "norm" if kind is NormForward else "split"

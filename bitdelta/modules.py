@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .batch import Batch, current
-from .change import Change
+from .batch import Batch
 from .errors import Error
 from .linear_forward import Conv1DForward, LinearForward
+from .split_forward import NormForward, SplitForward, broadcasts
 from .wrapped import Wrapped
 
 CACHES = {"past_key_values", "past_key_value", "layer_past", "cache_params", "cache"}
@@ -74,121 +74,6 @@ def _are_positions(tokens: torch.Tensor, rows: int) -> bool:
     if tokens.ndim == 1:
         return len(tokens) != rows or bool((tokens.diff() == 1).all())
     return tokens.ndim == 2 and len(tokens) == 1 and rows > 1
-
-
-class SplitForward(Wrapped):
-    """Runs each tenant's rows by themselves: with its parameters, or with a module of its own."""
-
-    has_inner = False  # whether modules inside look at the batch
-
-    def plan(self, batch: Batch) -> Any:
-        targets: dict[int, Callable[..., Any]] = {}
-        for i, (tenant, own) in enumerate(zip(batch.tenants, self.changes(batch), strict=True)):
-            if self.path in tenant.modules:
-                targets[i] = tenant.modules[self.path]
-            elif own:
-                targets[i] = _Shell(self.module, own)
-        return targets if targets or self.has_inner and not batch.is_uniform else None
-
-    def run(self, plan: dict[int, Callable[..., Any]], batch: Batch, *args: Any, **kwargs: Any) -> Any:
-        if batch.is_uniform:
-            return plan.get(batch.present[0], self.plain)(*args, **kwargs)
-        found = []
-        for tenant in batch.present:
-            part = batch.part(tenant)
-            chosen = _rows(args, batch, tenant, self.path), _rows(kwargs, batch, tenant, self.path)
-            token = current.set(part)
-            try:
-                found.append(plan.get(tenant, self.plain)(*chosen[0], **chosen[1]))
-            finally:
-                current.reset(token)
-        if isinstance(self.module, nn.Embedding) and found[0].ndim == 2 and _first(args, kwargs).ndim > 1:
-            found = [part[None] for part in found]  # positions [L, K], the same for all rows of a tenant
-        return _join(found, batch, self.path)
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-
-
-class _Shell:
-    """The module with some parameters replaced; the module itself is not touched, so threads do not meet."""
-
-    def __init__(self, module: nn.Module, changes: dict[str, Change]) -> None:
-        self.module, self.changes = module, changes
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        values = {}
-        for name, change in self.changes.items():
-            owner, _, leaf = name.rpartition(".")
-            base = self.module.get_submodule(owner)
-            values[name] = change.expand(getattr(base, leaf))
-        return replaced(self.module, values)(*args, **kwargs)
-
-
-def replaced(module: nn.Module, values: dict[str, torch.Tensor]) -> nn.Module:
-    """A copy that shares everything with the module except these parameters and buffers."""
-    copy: Any = object.__new__(type(module))
-    copy.__dict__.update(module.__dict__)
-    copy.__dict__.pop("forward", None)
-    copy._parameters, copy._buffers = dict(module._parameters), dict(module._buffers)
-    inner: dict[str, dict[str, torch.Tensor]] = {}
-    for name, value in values.items():
-        child, dot, leaf = name.partition(".")
-        if dot:
-            inner.setdefault(child, {})[leaf] = value
-        else:
-            (copy._parameters if name in copy._parameters else copy._buffers)[name] = value
-    if inner:
-        copy._modules = dict(module._modules)
-        for child, own in inner.items():
-            copy._modules[child] = replaced(module.get_submodule(child), own)
-    return copy
-
-
-def _rows(value: Any, batch: Batch, tenant: int, path: str) -> Any:
-    """The tenant's part of an argument; what has no row per batch entry is passed whole."""
-    if isinstance(value, torch.Tensor):
-        if not value.ndim or len(value) % len(batch.ids):
-            return value
-        return value[batch.indices(tenant, len(value), path)]
-    if isinstance(value, dict):
-        return {key: _rows(item, batch, tenant, path) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_rows(item, batch, tenant, path) for item in value)
-    return value
-
-
-def _join(found: list[Any], batch: Batch, path: str) -> Any:
-    """The parts' outputs as one, rows in the order of the batch."""
-    first = found[0]
-    if isinstance(first, torch.Tensor):
-        return _join_tensors(found, batch, path)
-    if isinstance(first, dict):
-        joined = {key: _join([part[key] for part in found], batch, path) for key in first}
-        return type(first)(**joined) if type(first) is not dict else joined
-    if isinstance(first, tuple | list):
-        return type(first)(_join(list(items), batch, path) for items in zip(*found, strict=True))
-    return first
-
-
-def _join_tensors(found: list[torch.Tensor], batch: Batch, path: str) -> torch.Tensor:
-    counts = [int((batch.ids == tenant).sum()) for tenant in batch.present]
-    factors = {len(part) / count if part.ndim else 0 for part, count in zip(found, counts, strict=True)}
-    if len(factors) != 1 or not next(iter(factors)).is_integer() or factors == {0}:
-        if any(not part.ndim or len(part) != 1 for part in found):
-            raise Error(
-                f"{path}: its output has no row per batch entry; it cannot run rows of several tenants"
-            )
-        factor = batch.rows // len(batch.ids)
-        found = [
-            part.expand(count * factor, *part.shape[1:]) for part, count in zip(found, counts, strict=True)
-        ]
-    n_rows = sum(len(part) for part in found)
-    out = found[0].new_empty(n_rows, *found[0].shape[1:])
-    for tenant, part in zip(batch.present, found, strict=True):
-        out[batch.indices(tenant, n_rows, path)] = part
-    return out
 
 
 def owner(model: nn.Module, parameter: str) -> str:
@@ -242,7 +127,7 @@ def kind_of(module: nn.Module) -> type[Wrapped]:
     if isinstance(module, nn.Embedding) and module.max_norm is None:
         if type(module).forward is nn.Embedding.forward or "ScaledWordEmbedding" in name:
             return EmbeddingForward
-    return SplitForward
+    return NormForward if broadcasts(module) else SplitForward
 
 
 def _refuse_cache(module: nn.Module, path: str) -> None:
