@@ -27,7 +27,7 @@ from .split_forward import NormForward, SplitForward, broadcasts
 from .wrapped import Wrapped
 
 CACHES = {"past_key_values", "past_key_value", "layer_past", "cache_params", "cache"}
-EXPERTS = re.compile(r"(.+)\.experts\.\d+\..+")  # experts see the tokens that the router sends them
+EXPERTS = re.compile(r"(.+)\.experts\.\d+(?:\..+)?")  # experts see the tokens that the router sends them
 
 
 class EmbeddingForward(Wrapped):

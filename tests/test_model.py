@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from models import llama_config, make, merged
 
 import bitdelta
@@ -225,3 +226,39 @@ def test_hub_ids_are_read_from_the_cache(llama, tmp_path, monkeypatch):
 
 def test_attributes_of_the_base_are_there():
     assert bitdelta.DeltaModel is DeltaModel
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A base and fine-tunes stored in bf16."""
+    root = tmp_path_factory.mktemp("half")
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(llama_config()).bfloat16().save_pretrained(root / "base")
+    return make(root, llama_config(), keep_base=True)
+
+
+@torch.no_grad()
+def test_in_bf16_the_logits_are_as_near_as_its_rounding_allows(half):
+    model = DeltaModel.from_pretrained(half / "base")
+    for i in range(2):
+        model.load_delta(f"t{i}", half / f"delta-{i}")
+    assert model.dtype == torch.bfloat16
+    ids = tokens(5)
+    logits = model(ids, delta_names=NAMES).logits
+    for row, who in enumerate(WHO):
+        wanted = merged(half, who)(ids[row : row + 1]).logits[0]
+        assert (logits[row] - wanted).abs().mean() <= 0.02 * wanted.abs().mean()
+    alone = model(ids[:1], delta_names=["t0"]).logits[0].float()
+    assert (logits[0] - alone).abs().max() <= 0.05 * alone.abs().max()
+
+
+def test_inputs_have_the_gradients_of_the_merged_models(llama):
+    _, model, plain = llama
+    x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(1))
+    names, who = ["t1", None, "t0"], [1, None, 0]
+    own = x.clone().requires_grad_()
+    model(inputs_embeds=own, delta_names=names).logits.square().sum().backward()
+    for row, i in enumerate(who):
+        alone = x[row : row + 1].clone().requires_grad_()
+        plain[i](inputs_embeds=alone).logits.square().sum().backward()
+        assert (own.grad[row] - alone.grad[0]).abs().max() <= 3e-3 * alone.grad.abs().max()
