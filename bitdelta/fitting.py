@@ -34,6 +34,7 @@ Bits = NDArray[np.uint32]
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal
 COLUMN_DAMPING = 0.01  # of a step of the column scales
+COLUMNS = 64  # of a sweep, between two updates of what the other columns see
 ROWS = 1024  # at a time, where a matrix of [N, K] would be needed for each of several things
 
 
@@ -180,30 +181,36 @@ class _Fit:
     def sweep(self) -> None:
         """Every column in turn moves to the level nearest to q + G / H[k, k], G = left H, which lowers the error.
 
-        Few move, so that only their rows of G are worth an update.
+        Some columns at a time, so that all of G is updated by one product.
         """
         N, K = self.d.shape
-        diagonal = self.inputs.damped if self.inputs.is_diagonal else np.diagonal(self.inputs.damped)
+        damped = self.inputs.damped
         bits = np.stack([unpack(plane, N, K) for plane in self.sign])
         for rows in self._parts():
             pull = self.inputs.weigh(self._left(rows))
-            for k in self.inputs.order:
-                step = (
-                    self.row[:, rows] if self.column is None else self.row[:, rows] * self.column[:, k, None]
-                )
-                old = bits[:, rows, k]
-                now = np.where(old, step, -step).sum(axis=0)
-                want = now + pull[:, k] / diagonal[k]
-                new, level = _nearest(step, want)
-                moved = np.flatnonzero(np.abs(want - level) < np.abs(want - now) * np.float32(0.9999))
-                if len(moved):
-                    bits[:, rows.start + moved, k] = new[:, moved]
-                    change = (level - now)[moved, None]
-                    if self.inputs.is_diagonal:
-                        pull[moved, k] -= change[:, 0] * diagonal[k]
-                    else:
-                        pull[moved] -= change * self.inputs.damped[k]
+            for begin in range(0, K, COLUMNS):
+                columns = self.inputs.order[begin : begin + COLUMNS]
+                near = np.diag(damped[columns]) if self.inputs.is_diagonal else damped[columns][:, columns]
+                change = self._sweep_columns(rows, columns, pull[:, columns], near, bits)
+                if not self.inputs.is_diagonal:
+                    pull -= change @ damped[columns]
         self.sign = _copy(np.stack([pack(plane) for plane in bits]))
+
+    def _sweep_columns(
+        self, rows: slice, columns: NDArray[np.int64], pull: F32, near: F32, bits: NDArray[np.bool_]
+    ) -> F32:
+        """Sweeps a few columns, pull [rows, columns] their G, near [columns, columns] their H; how levels changed."""
+        change = np.zeros_like(pull)
+        for i, k in enumerate(columns):
+            step = self.row[:, rows] if self.column is None else self.row[:, rows] * self.column[:, k, None]
+            now = np.where(bits[:, rows, k], step, -step).sum(axis=0)
+            want = now + pull[:, i] / near[i, i]
+            new, level = _nearest(step, want)
+            moved = np.flatnonzero(np.abs(want - level) < np.abs(want - now) * np.float32(0.9999))
+            bits[:, rows.start + moved, k] = new[:, moved]
+            change[moved, i] = (level - now)[moved]
+            pull[moved] -= change[moved, i, None] * near[i]
+        return change
 
     def fit_signs(self) -> None:
         threads.sync()
