@@ -200,16 +200,17 @@ class _Fit:
         self, rows: slice, columns: NDArray[np.int64], pull: F32, near: F32, bits: NDArray[np.bool_]
     ) -> F32:
         """Sweeps a few columns, pull [rows, columns] their G, near [columns, columns] their H; how levels changed."""
-        change = np.zeros_like(pull)
+        change, own = np.zeros_like(pull), bits[:, rows][:, :, columns].transpose(0, 2, 1).copy()
         for i, k in enumerate(columns):
             step = self.row[:, rows] if self.column is None else self.row[:, rows] * self.column[:, k, None]
-            now = np.where(bits[:, rows, k], step, -step).sum(axis=0)
+            now = np.where(own[:, i], step, -step).sum(axis=0)
             want = now + pull[:, i] / near[i, i]
             new, level = _nearest(step, want)
             moved = np.flatnonzero(np.abs(want - level) < np.abs(want - now) * np.float32(0.9999))
-            bits[:, rows.start + moved, k] = new[:, moved]
+            own[:, i, moved] = new[:, moved]
             change[moved, i] = (level - now)[moved]
             pull[moved] -= change[moved, i, None] * near[i]
+        bits[:, rows, columns] = own.transpose(0, 2, 1)
         return change
 
     def fit_signs(self) -> None:
