@@ -17,11 +17,19 @@ import typer
 
 from .cli_eval import evaluate
 from .cli_generate import generate
-from .cli_parts import BASE, DEBUG, DELTA, FINETUNED, JSON, OUT, TEXT
-from .cli_parts import answer as _answer
-from .cli_parts import message as _message
-from .cli_parts import shows_progress as _progress
-from .cli_parts import summary as _summary
+from .cli_parts import (
+    BASE,
+    DEBUG,
+    DELTA,
+    FINETUNED,
+    JSON,
+    OUT,
+    TEXT,
+    answer,
+    message,
+    shows_progress,
+    summary,
+)
 from .errors import Error
 
 INTERRUPTED = 130  # 128 + SIGINT
@@ -112,12 +120,12 @@ def compress(
         fit=fit.value,
         budget=budget,
         dry_run=dry_run,
-        progress=_progress(),
+        progress=shows_progress(),
     )
-    _answer(report, as_json, _summary(report, "would write" if dry_run else "wrote", out))
+    answer(report, as_json, summary(report, "would write" if dry_run else "wrote", out))
 
 
-@app.command()
+@app.command(short_help="Fit signs and scales to text.")
 def calibrate(
     base: BASE,
     finetuned: FINETUNED,
@@ -151,22 +159,22 @@ def calibrate(
         n_tokens=tokens,
         length=length,
         seed=seed,
-        progress=_progress(),
+        progress=shows_progress(),
     )
-    _answer(report, as_json, (*_summary(report, "wrote", out), *describe(report)))
+    answer(report, as_json, (*summary(report, "wrote", out), *describe(report)))
 
 
-@app.command()
+@app.command(short_help="Show what a delta holds.")
 def info(delta: DELTA, as_json: JSON = False, debug: DEBUG = False) -> None:
     """Show what a delta holds: per tensor form, bytes and error; shares; the factor."""
     from .info import describe
     from .info import info as run
 
     report = run(delta)
-    _answer(report, as_json, describe(report))
+    answer(report, as_json, describe(report))
 
 
-@app.command()
+@app.command(short_help="Check a delta and its base.")
 def verify(
     delta: DELTA,
     base: Annotated[str, typer.Option(metavar="BASE", help="Folder or Hub id of the base model.")],
@@ -181,12 +189,12 @@ def verify(
 
     report = run(delta, base, finetuned)
     good = bool(report.get("ok"))
-    _answer(report, as_json, _summary(report, "good:" if good else "NOT GOOD:", delta))
+    answer(report, as_json, summary(report, "good:" if good else "NOT GOOD:", delta))
     if not good:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(short_help="Write base + delta as a checkpoint.")
 def merge(
     base: BASE,
     delta: DELTA,
@@ -198,26 +206,11 @@ def merge(
     """Write base + delta as a full checkpoint that transformers loads."""
     from .merge import merge as run
 
-    if dry_run:
-        from .checkpoint import open_checkpoint
-        from .packfile import load
-
-        _refuse_existing(out)
-        packfile, checkpoint = load(delta), open_checkpoint(base)
-        packfile.check_base(checkpoint)
-        report = {
-            "dry_run": True,
-            "tensors": len(packfile.entries),
-            "base": str(checkpoint.root),
-            "out": str(out),
-        }
-        _answer(report, as_json, [f"would write {len(packfile.entries)} tensors to {out}"])
-        return
-    report = run(base, delta, out) or {}
-    _answer({"out": str(out), **report}, as_json, _summary(report, "wrote", out))
+    report = run(base, delta, out, dry_run=dry_run, progress=shows_progress())
+    answer(report, as_json, summary(report, "would write" if dry_run else "wrote", out))
 
 
-@app.command("import-diff")
+@app.command("import-diff", short_help="Convert the original project's diff.pt.")
 def import_diff(
     diff: Annotated[
         Path, typer.Argument(metavar="DIFF.pt", help="A diff.pt of the original BitDelta project.")
@@ -231,14 +224,14 @@ def import_diff(
     from .import_diff import import_diff as run
 
     report = run(diff, base, out)
-    _answer(report, as_json, _summary(report, "wrote", out))
+    answer(report, as_json, summary(report, "wrote", out))
 
 
-app.command("eval")(evaluate)
-app.command()(generate)
+app.command("eval", short_help="Measure a delta against its fine-tune.")(evaluate)
+app.command(short_help="Answer prompts of many fine-tunes.")(generate)
 
 
-@app.command()
+@app.command(short_help="Train a delta's scales by gradients.")
 def distill(
     base: BASE,
     finetuned: Annotated[str, typer.Argument(metavar="FINETUNED", help="Folder or Hub id of the fine-tune.")],
@@ -296,13 +289,13 @@ def distill(
         device_map=device_map,
         shard=shard,
         cache=cache,
-        progress=_progress(),
+        progress=shows_progress(),
     )
     if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks for all
-        _answer(report, as_json, _summary(report, "wrote", out))
+        answer(report, as_json, summary(report, "wrote", out))
 
 
-@app.command()
+@app.command(short_help="Check and time the kernels here.")
 def bench(
     suite: Annotated[
         Suite, typer.Argument(help="cpu: all of it; io: packfile and compress only.")
@@ -316,11 +309,11 @@ def bench(
     """Check the kernels, then time them against the dense product, on this machine."""
     from . import bench as suites
 
-    report = suites.run(suite.value, quick=quick, log=_message)
-    _answer(report, as_json, suites.describe(report))
+    report = suites.run(suite.value, quick=quick, log=message)
+    answer(report, as_json, suites.describe(report))
 
 
-@app.command()
+@app.command(short_help="Train small models and compress them.")
 def demo(
     small: Annotated[bool, typer.Option("--small", help="Tiny models and poor text, in seconds.")] = False,
     cache: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the models here.")] = None,
@@ -331,8 +324,8 @@ def demo(
     from . import demo as demonstration
 
     chosen = demonstration.small() if small else (demonstration.Settings(), demonstration.Evaluation())
-    report = demonstration.run(*chosen, cache=cache, log=_message)
-    _answer(report, as_json, demonstration.describe(report))
+    report = demonstration.run(*chosen, cache=cache, log=message)
+    answer(report, as_json, demonstration.describe(report))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -345,7 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        _message("bitdelta: interrupted, nothing was written")
+        message("bitdelta: interrupted, nothing was written")
         return INTERRUPTED
     except BrokenPipeError:  # the reader of stdout has left, as in `bitdelta info X | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -360,17 +353,15 @@ def main(arguments: list[str] | None = None) -> int:
 
             traceback.print_exc()
         text = str(usage()) if usage else str(error) or type(error).__name__
+        context = getattr(error, "ctx", None)
+        if usage and context is not None:
+            text = f"{text.rstrip('.')}; see {context.command_path} --help"
         if not known:
             text = f"internal error: {type(error).__name__}: {text}; --debug shows where"
         line = " ".join(text.split())
         if line:
-            _message(f"bitdelta: error: {line}")
+            message(f"bitdelta: error: {line}")
         return 2
-
-
-def _refuse_existing(out: Path) -> None:
-    if out.exists():
-        raise FileExistsError(f"{out} exists; choose another --out")
 
 
 if __name__ == "__main__":

@@ -43,42 +43,49 @@ def _plain(value: Any) -> Any:
 
 
 SAID = ("ok", "dry_run", "out", "delta")  # what the first line of a summary says
+MOST = 8  # items of a list
 
 
 def summary(report: dict[str, Any], verb: str, path: object) -> Iterable[str]:
-    """`verb path`, then what can be said in a line each, aligned."""
+    """`verb path`, then what can be said in a line each, aligned; the reasons against it have lines of their own."""
     yield f"{verb} {path}"
-    facts = {key: _fact(key, value) for key, value in report.items() if key not in SAID}
-    width = max((len(key) for key, text in facts.items() if text), default=0)
-    for key, text in facts.items():
+    reasons = report.get("reasons") or []
+    for reason in reasons[:MOST]:
+        yield f"  {reason}"
+    if len(reasons) > MOST:
+        yield f"  ... and {len(reasons) - MOST} more (--json has all)"
+    facts = dict(_fact(key, value) for key, value in report.items() if key not in (*SAID, "reasons", "unit"))
+    if "factor" in facts and "unit" in report:
+        facts["factor"] += f" ({report['unit'].removeprefix('factor = ')})"
+    width = max((len(label) for label, text in facts.items() if text), default=0)
+    for label, text in facts.items():
         if text:
-            yield f"  {key.replace('_', ' '):<{width}}  {text}"
+            yield f"  {label:<{width}}  {text}"
 
 
-def _fact(key: str, value: Any) -> str:
-    """A value as text; empty for what does not fit a line."""
+def _fact(key: str, value: Any) -> tuple[str, str]:
+    """A label and the value as text with its unit; the text is empty for what does not fit a line."""
+    label = key.replace("_", " ")
     if isinstance(value, (str, bool)):
-        return str(value)
+        return label, str(value)
     if isinstance(value, (int, float)):
         if key.endswith("bytes"):
-            return _bytes(value)
-        return (
-            f"{value:,}"
-            if isinstance(value, int)
-            else f"{value:.2f} s"
-            if key == "seconds"
-            else f"{value:.4g}"
-        )
+            return label.removesuffix("bytes").strip() or "size", _bytes(value)
+        if key == "gb_per_second":
+            return "speed", f"{value:.3g} GB/s"
+        if key.endswith("seconds"):
+            return label.replace("seconds", "time"), f"{value:.2f} s"
+        return label, f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
     if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-        return ", ".join(value[:8]) + (" ..." if len(value) > 8 else "")
-    return ""
+        return label, ", ".join(value[:MOST]) + (" ..." if len(value) > MOST else "")
+    return label, ""
 
 
 def _bytes(count: float) -> str:
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
         if count >= size:
-            return f"{count:,} ({count / size:.2f} {unit})"
-    return f"{count:,}"
+            return f"{count:,} bytes ({count / size:.2f} {unit})"
+    return f"{count:,} bytes"
 
 
 def message(text: str) -> None:

@@ -25,6 +25,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .delta import FORMS, Delta, extract_with_checksum
 from .folder import refuse_existing, refuse_full, refuse_inside
 from .forms import Plan, parameters, plan_tensors, stored_bytes
+from .info import UNIT, info
 from .packfile_writer import PackfileWriter
 from .residual import Sums, relative, sampled_errors
 from .tensor import Tensor
@@ -274,6 +275,7 @@ def _estimate(plans: list[Plan], absent: list[str], out_dir: str | os.PathLike[s
         "bytes": size,
         "finetuned_bytes": total,
         "factor": total / size if size else None,
+        "unit": UNIT,
         "memory_bytes": 2 * max((plan.nbytes for plan in packed), default=0) + (64 << 20),
         "read_bytes": read,
     }
@@ -308,8 +310,6 @@ def _report(
     plans: list[Plan], absent: list[str], out_dir: str | os.PathLike[str], seconds: float
 ) -> dict[str, Any]:
     """What `info` reads back from the folder, without the table of tensors, and how long it took."""
-    from .info import info
-
     found = info(out_dir)
     errors = [tensor for tensor in found["tensors"] if tensor["relative_error"] is not None]
     count = sum(tensor["parameters"] for tensor in errors)

@@ -36,6 +36,7 @@ PROMPTS = {
     "unicode": "U+0041 LATIN ",
     "shout": "THE VALUE OF ",
 }
+SAMPLE_WIDTH = 64  # characters of a sample in the table
 HELD_OUT = 0.1  # share of each text, its end, that is never trained on
 
 
@@ -138,7 +139,8 @@ def run(
 def describe(report: dict[str, Any]) -> Iterator[str]:
     """The report as lines of text."""
     yield f"a base and three fine-tunes of it, {report['base_bytes']:,} bytes each: {report['models']}"
-    yield f"sizes are {report['unit']}; perplexities are of held-out text, per token"
+    yield f"sizes are {report['unit']}"
+    yield "perplexities are of held-out text, per token: 1 is a perfect guess"
     for task, result in report["finetunes"].items():
         yield ""
         columns = ("", ">bytes", ">smaller", ">perplexity", f"sample after {result['prompt']!r}")
@@ -146,10 +148,15 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
         for row in result["rows"]:
             size = "" if row["bytes"] is None else f"{row['bytes']:,}"
             factor = f"{row['factor']:.1f}x" if "factor" in row else ""
-            rows.append([row["model"], size, factor, f"{row['perplexity']:.2f}", repr(row["sample"])[1:65]])
+            sample = repr(row["sample"])[1:-1]
+            sample = sample if len(sample) <= SAMPLE_WIDTH else f"{sample[: SAMPLE_WIDTH - 4]} ..."
+            rows.append([row["model"], size, factor, f"{row['perplexity']:.2f}", sample])
         yield from table(columns, rows, f"{task}: fine-tuned on {result['text']}")
     yield ""
-    yield f"the whole took {report['seconds']} s"
+    yield f"the whole took {report['seconds']} s; the models are kept, to try the other commands on:"
+    models = Path(report["models"])
+    yield f"    bitdelta compress {models / 'base'} {models / next(iter(TASKS))} --out DELTA"
+    yield "    bitdelta info DELTA"
 
 
 def default_cache() -> Path:

@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from .array import from_float32, to_float32
+from .array import aligned_empty, from_float32, to_float32
 from .checkpoint import Checkpoint, Tensor, open_checkpoint
 from .delta import Delta
 from .errors import BaseMismatchError, FormatError
+from .forms import VOCABULARY
 from .torchfile import open_torch_file
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -83,8 +84,6 @@ def contents(
 
 def strips(mask: np.ndarray) -> np.ndarray:
     """mask int32 [K/32, N] -> sign uint32 [1, ceil(N/16), 8 ceil(K/256), 16], padded with zero bits."""
-    from .array import aligned_empty
-
     words, n = mask.shape
     sign = aligned_empty((1, -(-n // 16), 8 * -(-words // 8), 16), np.uint32)
     sign[...] = 0
@@ -186,7 +185,10 @@ def _check_whole(tensor: Tensor, base: Checkpoint, name: str, path: Path) -> Non
     shape = base[name].shape
     # a grown vocabulary changes the first dimension of embeddings and head; nothing else may change
     grown = (
-        len(shape) == 2 and len(tensor.shape) == 2 and tensor.shape[1] == shape[1] and _is_vocabulary(name)
+        len(shape) == 2
+        and len(tensor.shape) == 2
+        and tensor.shape[1] == shape[1]
+        and name.endswith(VOCABULARY)
     )
     if tensor.shape != shape and not grown:
         raise BaseMismatchError(
@@ -194,15 +196,9 @@ def _check_whole(tensor: Tensor, base: Checkpoint, name: str, path: Path) -> Non
         )
 
 
-def _is_vocabulary(name: str) -> bool:
-    return name.endswith(
-        ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "embed_out.weight")
-    )
-
-
 def _config(base: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The fine-tune's config: the base's, with the vocabulary that the embeddings or the head have now."""
-    rows = {tensor.shape[0] for name, tensor in tensors.items() if name in base and _is_vocabulary(name)}
+    rows = {tensor.shape[0] for name, tensor in tensors.items() if name in base and name.endswith(VOCABULARY)}
     if len(rows) > 1:
         raise FormatError(f"the embeddings and the head have different vocabularies: {sorted(rows)}")
     return {**base.config, "vocab_size": rows.pop()} if rows else dict(base.config)

@@ -24,7 +24,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .delta import Delta
 from .errors import BaseMismatchError
 from .folder import PendingFolder, full_disk, refuse_existing, refuse_full, refuse_inside, reserve, write_all
-from .packfile import Packfile, load
+from .packfile import Packfile, load, spec_bytes
 from .tensor import DTYPES
 
 MAX_SHARD_BYTES = 5 << 30  # what transformers shards by
@@ -38,6 +38,7 @@ def merge(
     out_dir: str | os.PathLike[str],
     progress: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Writes the checkpoint that `delta` makes of `base`.
 
@@ -47,9 +48,10 @@ def merge(
         out_dir: the folder to write; it must not exist.
         progress: a progress bar on stderr.
         max_shard_bytes: larger checkpoints are split.
+        dry_run: check everything that can refuse; write nothing.
 
     Returns:
-        A dict that JSON can hold: tensors, bytes, files, seconds.
+        A dict that JSON can hold: tensors, bytes, shards, files; seconds, unless `dry_run`.
 
     Raises:
         bitdelta.BaseMismatchError: the delta was made from another base.
@@ -65,6 +67,15 @@ def merge(
     shards = _split(packfile, max_shard_bytes)
     total = sum(_nbytes(entry) for entry in packfile.entries.values())
     refuse_full(out_dir, total)
+    report = {
+        "out": str(out_dir),
+        "tensors": len(packfile),
+        "bytes": total,
+        "shards": len(shards),
+        "files": sorted(files),
+    }
+    if dry_run:
+        return {"dry_run": True, **report}
     folder = PendingFolder(out_dir)
     try:
         folder.clear()
@@ -77,15 +88,7 @@ def merge(
         raise full_disk(error, Path(out_dir)) from error
     finally:
         folder.discard()
-    seconds = time.perf_counter() - start
-    return {
-        "out": str(out_dir),
-        "tensors": len(packfile),
-        "bytes": total,
-        "shards": len(shards),
-        "files": sorted(files),
-        "seconds": round(seconds, 3),
-    }
+    return {**report, "seconds": round(time.perf_counter() - start, 3)}
 
 
 def _write(folder: Path, packfile: Packfile, base: Checkpoint, shards: list[list[str]], bar: Any) -> None:
@@ -177,10 +180,8 @@ def _header(packfile: Packfile, names: list[str]) -> bytes:
 
 
 def _nbytes(entry: dict[str, Any]) -> int:
-    bits = DTYPES[entry["dtype"]][0]
-    for size in entry["shape"]:
-        bits *= size
-    return bits // 8
+    """Bytes that the tensor has in the checkpoint; tied ones are written again."""
+    return spec_bytes((entry["dtype"], tuple(entry["shape"])))
 
 
 def travelling_files(packfile: Packfile, base: Checkpoint) -> dict[str, Path]:

@@ -16,16 +16,18 @@ through PyTorch's own BLAS. Parts are added in fp32 and rounded once, to the dty
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
 
 from . import _C, threads
-from .linear import PANEL_BYTES, STREAM_ROWS
+from .linear import STREAM_ROWS
 from .torch_delta import handle_of, new_handle
+from .torch_panels import times, times_transposed
 
 T: TypeAlias = torch.Tensor
+Saved: TypeAlias = tuple[T, T | None, T, list[T], list[T], list[T]]  # x, weight, ids, signs, rows, columns
 Ids: TypeAlias = Any  # int64 [M] tensor, or a sequence of M integers: index of the row's delta, -1 none
 
 _library = torch.library.Library("bitdelta", "DEF")
@@ -93,7 +95,7 @@ def run_linear(
     if weight is not None:
         weight = _plain(weight)
         if x.shape[0] > STREAM_ROWS or weight.stride(1) != 1:
-            product, weight = _times(x, weight), None
+            product, weight = times(x, weight), None
     bias = None if bias is None else _plain(bias)
     _C.linear(out, x, weight, product, bias, handles, tenant_ids, precision)
     return out
@@ -116,37 +118,6 @@ def _rows(x: T) -> T:
 def _plain(tensor: T) -> T:
     """Without gradient, as the extension wants it."""
     return tensor.detach() if tensor.requires_grad else tensor
-
-
-def _times(x: T, weight: T) -> T:
-    """x W^T in fp32 [M, N], by panels of W."""
-    product = torch.empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
-    wide = x.float()
-    for begin, end, panel in _panels(weight):
-        torch.mm(wide, panel.T, out=product[:, begin:end])
-    return product
-
-
-def _times_transposed(dy: T, weight: T) -> T:
-    """dy W in fp32 [M, K], by panels of W."""
-    product = torch.zeros((dy.shape[0], weight.shape[1]), dtype=torch.float32)
-    wide = dy.float()
-    for begin, end, panel in _panels(weight):
-        product.addmm_(wide[:, begin:end], panel)
-    return product
-
-
-def _panels(weight: T) -> Iterator[tuple[int, int, T]]:
-    """(begin, end, rows begin .. end of W in fp32): W itself where it is fp32, else one panel after another."""
-    N, K = weight.shape
-    if weight.dtype == torch.float32:
-        yield 0, N, weight
-        return
-    step = max(16, PANEL_BYTES // (4 * max(1, K)))
-    panel = torch.empty((min(step, N), K), dtype=torch.float32)
-    for begin in range(0, N, step):
-        end = min(begin + step, N)
-        yield begin, end, panel[: end - begin].copy_(weight[begin:end])
 
 
 def _linear_sum(
@@ -219,7 +190,7 @@ def _linear_backward(
                     delta_dx[at] = part
     if not wants_dx:
         return torch.empty(0, dtype=x.dtype), drows, dcolumns
-    dx = torch.zeros(x.shape) if weight is None else _times_transposed(dy, _plain(weight))
+    dx = torch.zeros(x.shape) if weight is None else times_transposed(dy, _plain(weight))
     if delta_dx is not None:
         dx += delta_dx
     return dx.to(x.dtype), drows, dcolumns
@@ -307,14 +278,15 @@ def _save(
     ctx.n_deltas, ctx.delta_in_dx = len(signs), flag
 
 
-def _saved(ctx: Any) -> tuple[T, T | None, T, list[T], list[T], list[T]]:
+def _saved(ctx: Any) -> Saved:
+    """Once a backward: recomputed activations are given once."""
     x, weight, ids, *parts = ctx.saved_tensors
     n = ctx.n_deltas
     return x, weight, ids, parts[:n], parts[n : 2 * n], parts[2 * n :]
 
 
 def _backward_of_product(
-    ctx: Any, saved: Any, dy: T, needs_dx: bool, needs_rows: list[bool], needs_columns: list[bool]
+    ctx: Any, saved: Saved, dy: T, needs_dx: bool, needs_rows: list[bool], needs_columns: list[bool]
 ) -> tuple[T | None, list[T | None], list[T | None]]:
     x, weight, ids, signs, rows, columns = saved
     wants = needs_dx, any(needs_rows), any(needs_columns)
@@ -337,8 +309,7 @@ def _wanted(gradients: list[T], needs: list[bool]) -> list[T | None]:
 
 def _backward_linear(ctx: Any, dy: T) -> tuple[Any, ...]:
     needs_dx, needs_weight, needs_bias, _, needs_rows, needs_columns, *_ = ctx.needs_input_grad
-    saved = _saved(ctx)  # once: activation checkpointing allows no more
-    x, weight, *_ = saved
+    saved = x, weight, *_ = _saved(ctx)
     dx, drows, dcolumns = _backward_of_product(ctx, saved, dy, needs_dx, needs_rows, needs_columns)
     dweight = dbias = None
     if needs_weight and weight is not None:

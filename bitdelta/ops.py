@@ -35,8 +35,8 @@ def linear(
         x: [..., K] of fp32, fp16 or bf16; M rows in all, in order.
         weight: [N, K] of any of these dtypes, or None: the delta terms alone.
         bias: [N], or None.
-        deltas: T deltas of shape (N, K).
-        tenant_ids: M integers, -1 to T - 1; a tensor where it compiles.
+        deltas: T deltas of shape (N, K); where it compiles, of `as_torch`.
+        tenant_ids: M integers, -1 to T - 1; where it compiles, a tensor.
         precision: "fixed16", or "float32" (slow, for comparison).
         delta_in_dx: False leaves the delta's part out of dx, as the original repository does.
 

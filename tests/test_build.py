@@ -105,14 +105,6 @@ def test_the_diagnosis_names_everything():
     assert "-std=c11" in lines["compiler"]
 
 
-def test_a_tree_without_a_build_says_what_to_type(tmp_path):
-    shutil.copytree(ROOT / "bitdelta", tmp_path / "bitdelta", ignore=IGNORED)
-    for command in (["-c", "import bitdelta"], ["-m", "bitdelta"]):
-        done = run(*command, cwd=tmp_path, PYTHONPATH=str(tmp_path))
-        assert done.returncode != 0
-        assert "pip install -e ." in done.stderr.splitlines()[-1], done.stderr
-
-
 def test_a_build_that_insists_on_cuda_fails_at_once(sdist):
     done = run("setup.py", "build_ext", cwd=sdist, BITDELTA_CUDA="1")
     assert done.returncode != 0

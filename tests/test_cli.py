@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from bitdelta.cli import main
+from bitdelta.cli_parts import summary
 
 
 def checkpoint(folder, seed, layers=2, width=256):
@@ -142,6 +143,28 @@ def test_verify_answers_by_its_exit_status(tmp_path, capsys, folders):
     assert status == 1 and json.loads(captured.out)["ok"] is False
 
 
+def test_verify_gives_each_reason_a_line(tmp_path, capsys, folders):
+    other = checkpoint(tmp_path / "other", 3)
+    assert main(["verify", folders[2], "--base", other]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("NOT GOOD") and lines[1].endswith("made from another base")
+
+
+def test_every_figure_of_a_summary_has_its_unit():
+    report = {"bytes": 2_000_000, "read_bytes": 5, "seconds": 0.5, "gb_per_second": 1.25, "factor": 2.0}
+    report |= {"unit": "factor = a / b", "reasons": [f"reason {i}" for i in range(10)]}
+    first, *rest = summary(report, "wrote", "there")
+    assert first == "wrote there" and rest[:8] == [f"  reason {i}" for i in range(8)]
+    assert "2 more" in rest[8]
+    assert [line.split(maxsplit=1) for line in rest[9:]] == [
+        ["size", "2,000,000 bytes (2.00 MB)"],
+        ["read", "5 bytes"],
+        ["time", "0.50 s"],
+        ["speed", "1.25 GB/s"],
+        ["factor", "2 (a / b)"],
+    ]
+
+
 def test_merge_writes_the_fine_tune_back(tmp_path, capsys, folders):
     base, finetuned, delta = folders
     assert main(["merge", base, delta, "--out", str(tmp_path / "merged"), "--json"]) == 0
@@ -168,6 +191,11 @@ def test_merge_writes_the_fine_tune_back(tmp_path, capsys, folders):
 )
 def test_wrong_use_is_status_2(capsys, arguments):
     refused(capsys, arguments, "error:")
+
+
+def test_wrong_use_names_the_help(capsys):
+    refused(capsys, ["compress", "BASE"], "see bitdelta compress --help")
+    refused(capsys, ["frobnicate"], "see bitdelta --help")
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, folders):

@@ -38,6 +38,7 @@ def test_the_report_can_be_read(report):
     text = "\n".join(demo.describe(report))
     for word in (*demo.TASKS, "base", "fine-tune", "1 bit", "2 bits", "perplexity"):
         assert word in text
+    assert f"bitdelta compress {report['models']}/base" in text
 
 
 def test_models_are_cached_and_seeded(cache, report, tmp_path):

@@ -429,6 +429,19 @@ def test_the_command_prints_a_table_or_one_document(folders, capsys):
     assert json.loads(capsys.readouterr().out)["tenants"]["one"]["kl"] > 0
 
 
+def test_the_command_counts_refusals(folders, tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text('"one"\n{"prompt": "two"}\n')
+    assert (
+        main(
+            command(
+                folders, "--refusals", str(tmp_path / "prompts.jsonl"), "--require", "refusal_agreement>=1"
+            )
+        )
+        == 0
+    )
+    assert "refusal agreement" in capsys.readouterr().out
+
+
 def test_a_requirement_that_is_not_met_exits_with_1(folders, capsys):
     assert main(command(folders, "--require", "kl<=100", "--require", "one:top1>=0")) == 0
     assert "one: kl<=100 met: " in capsys.readouterr().out

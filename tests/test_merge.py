@@ -226,3 +226,15 @@ def test_other_architectures_come_back_complete(tmp_path, kind):
     assert not any(loading.values())
     for (name, found), wanted in zip(merged.named_parameters(), model.parameters(), strict=True):
         assert (found.float() - wanted.float()).norm() < 0.005 * wanted.numel() ** 0.5, name
+
+
+def test_a_dry_run_refuses_as_a_merge_does_and_writes_nothing(folders):
+    root, _, after = folders
+    before = sorted(root.iterdir())
+    report = merge(root / "base", root / "delta", root / "merged", dry_run=True)
+    assert report["dry_run"] is True and report["tensors"] == len(after)
+    with pytest.raises(BaseMismatchError):
+        merge(root / "finetuned", root / "delta", root / "merged", dry_run=True)
+    with pytest.raises(ValueError, match="inside"):
+        merge(root / "base", root / "delta", root / "base" / "merged", dry_run=True)
+    assert sorted(root.iterdir()) == before

@@ -3,10 +3,12 @@
 import copy
 import gc
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from conftest import DTYPES
 
 import bitdelta
@@ -377,6 +379,37 @@ def test_a_copy_is_a_delta_of_its_own():
         assert (
             ops.linear(x, None, None, [delta], [0]).any() and not ops.linear(x, None, None, [twin], [0]).any()
         )
+
+
+def test_threads_share_handles():
+    base, deltas = make_deltas()
+    x, ids = torch.randn(8, K), torch.arange(8) % 5 - 1
+    want = ops.linear(x, base, None, deltas, ids)
+
+    def work(_):
+        fresh = [ops.TorchDelta(d.sign, d.row, d.column, d.shape) for d in deltas]
+        return all(torch.equal(ops.linear(x, base, None, fresh, ids), want) for _ in range(20))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+
+
+def test_inference_mode_and_recomputed_activations():
+    base, deltas = make_deltas()
+    x, ids = torch.randn(6, K, requires_grad=True), torch.arange(6) % 5 - 1
+
+    def run(x):
+        return ops.linear(x, base, None, deltas, ids)
+
+    run(x).sum().backward()
+    leaves = [x, *leaves_of(deltas)]
+    want = [leaf.grad.clone() for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False).sum().backward()
+    assert all(torch.equal(leaf.grad, wanted) for leaf, wanted in zip(leaves, want, strict=True))
+    with torch.inference_mode():
+        assert torch.equal(run(x + 0), run(x)) and ops.linear_add(run(x), x, deltas, ids).isfinite().all()
 
 
 # registration and compilers
