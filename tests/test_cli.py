@@ -223,6 +223,7 @@ def test_debug_shows_the_traceback(tmp_path, capsys):
 
 
 def test_calibration_names_what_it_lacks(tmp_path, capsys, folders):
+    pytest.importorskip("transformers")
     base, finetuned, _ = folders
     (tmp_path / "text").write_text("x")
     refused(
