@@ -234,13 +234,10 @@ app.command(short_help="Answer prompts of many fine-tunes.")(generate)
 @app.command(short_help="Train a delta's scales by gradients.")
 def distill(
     base: BASE,
-    finetuned: Annotated[str, typer.Argument(metavar="FINETUNED", help="Folder or Hub id of the fine-tune.")],
+    finetuned: FINETUNED,
     delta: DELTA,
     out: OUT,
-    text: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Text, jsonl or the name of a dataset; default: built in."),
-    ] = None,
+    text: TEXT = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the optimiser.")] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of one forward pass.")] = 4,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 128,
