@@ -41,7 +41,8 @@ typedef enum {
     BD_OK = 0,
     BD_ERR_MEMORY,    /* an allocation failed */
     BD_ERR_NONFINITE, /* NaN, Inf, or a difference beyond fp32; see bd_position */
-    BD_ERR_ARGUMENT   /* a precondition that only the core can see */
+    BD_ERR_ARGUMENT,  /* a precondition that only the core can see */
+    BD_ERR_CUDA       /* a GPU call failed: bd_gpu_message says how */
 } bd_status;
 
 typedef enum { BD_F32 = 0, BD_F16 = 1, BD_BF16 = 2 } bd_dtype;

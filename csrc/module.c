@@ -80,6 +80,7 @@ return_status(bd_status status)
             PyErr_SetString(PyExc_ValueError, "NaN or Inf where finite numbers are needed");
             return NULL;
         case BD_ERR_ARGUMENT:
+        case BD_ERR_CUDA: /* the CUDA functions say it themselves */
             break;
     }
     PyErr_SetString(PyExc_ValueError, "the core refused these arguments");

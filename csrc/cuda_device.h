@@ -1,0 +1,32 @@
+/* cuda_device.h - what the border asks about GPUs. Defined by kernels/device.cu for real ones and by
+ * kernels/emulation*.cpp for the emulated one; absent from a build without CUDA. */
+#ifndef BITDELTA_CUDA_DEVICE_H_
+#define BITDELTA_CUDA_DEVICE_H_
+
+#include <stddef.h>
+
+#include "bitdelta.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* NULL when a GPU can be used, else what is missing. */
+const char *bd_gpu_missing(void);
+
+/* What the latest call of this thread that returned BD_ERR_CUDA said. Valid until the next one. */
+const char *bd_gpu_message(void);
+
+/* 1 when "device memory" is host memory, of which kernels may touch only what is lent to them. */
+int bd_gpu_is_emulated(void);
+
+/* Lends n_bytes at data to kernels until it is taken back, as often as lent. On a GPU nothing happens.
+ * BD_ERR_MEMORY when the list cannot grow. */
+bd_status bd_gpu_lend(const void *data, size_t n_bytes, int is_writable);
+void bd_gpu_take_back(const void *data, size_t n_bytes, int is_writable);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* BITDELTA_CUDA_DEVICE_H_ */
