@@ -81,9 +81,12 @@ bd_launch(const char *name, void (*kernel)(Parameters...), dim3 grid, dim3 block
             return bd_gpu_status(name, error);
         }
     }
-    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)> > >(
-        static_cast<Parameters>(arguments)...);
-    return bd_gpu_status(name, cudaGetLastError());
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    return bd_gpu_status(name, cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 static __device__ __forceinline__ void
