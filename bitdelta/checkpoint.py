@@ -79,6 +79,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.revision = revision
         self.weights = weights
         self._tensors = tensors
+        self._fingerprints: dict[str, str] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -91,6 +92,12 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.root)!r}, {len(self)} tensors, {self.nbytes:,} bytes)"
+
+    def fingerprint(self, name: str) -> str:
+        """The tensor's fingerprint, read once: many deltas of one base are compared with it."""
+        if name not in self._fingerprints:
+            self._fingerprints[name] = self[name].fingerprint()
+        return self._fingerprints[name]
 
     @property
     def nbytes(self) -> int:

@@ -66,6 +66,7 @@ class Loss(str, Enum):
 class Suite(str, Enum):
     cpu = "cpu"
     io = "io"
+    model = "model"
 
 
 @app.callback(invoke_without_command=True)
@@ -295,8 +296,16 @@ def distill(
 @app.command(short_help="Check and time the kernels here.")
 def bench(
     suite: Annotated[
-        Suite, typer.Argument(help="cpu: all of it; io: packfile and compress only.")
+        Suite,
+        typer.Argument(
+            help="cpu: the kernels and files; io: packfile and compress only; model: decoding for many tenants."
+        ),
     ] = Suite.cpu,
+    shape: Annotated[
+        str, typer.Option(metavar="NAME", help="model: whose layers (llama-3-8b, mistral-7b, ...).")
+    ] = "llama-2-7b",
+    layers: Annotated[int, typer.Option(min=1, help="model: how many layers.")] = 2,
+    tenants: Annotated[int, typer.Option(min=1, help="model: up to so many tenants.")] = 16,
     quick: Annotated[
         bool, typer.Option("--quick", help="Small shapes, seconds: checks that it runs.")
     ] = False,
@@ -306,7 +315,10 @@ def bench(
     """Check the kernels, then time them against the dense product, on this machine."""
     from . import bench as suites
 
-    report = suites.run(suite.value, quick=quick, log=message)
+    if suite is Suite.model:
+        report = suites.run_model(shape, layers, tenants, quick=quick, log=message)
+    else:
+        report = suites.run(suite.value, quick=quick, log=message)
     answer(report, as_json, suites.describe(report))
 
 

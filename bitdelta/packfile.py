@@ -192,7 +192,7 @@ class Packfile(Mapping[str, Any]):
     def has_base(self, name: str, checkpoint: Checkpoint) -> bool:
         """Whether the base's tensor, if the delta needs it, has the fingerprint of the one it was made from."""
         expected = self.entries[name].get("fingerprint")
-        return expected is None or name in checkpoint and checkpoint[name].fingerprint() == expected
+        return expected is None or name in checkpoint and checkpoint.fingerprint(name) == expected
 
     def _untied(self, name: str) -> tuple[str, dict[str, Any]]:
         entry = self.entries[name]

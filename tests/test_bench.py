@@ -154,3 +154,26 @@ def test_tables_are_plain_or_rich():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "a b\n"
+
+
+def test_decoding_for_many_tenants_is_measured_against_merged_models_and_lora(capsys):
+    assert main(["bench", "model", "--quick", "--tenants", "3", "--layers", "1", "--json"]) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert "greedy tokens of 4 rows against merged models: all equal" in captured.err
+    rows = {(row["kind"], row["rank"], row["tenants"]): row for row in found["rows"] if "speed" in row}
+    kinds = [("merged", None), ("deltas", None), ("base rows", None), ("plain", None), ("peft", 16)]
+    kinds += [("lora", rank) for rank in (16, 64, 128)]
+    assert set(rows) == {(*kind, count) for kind in kinds for count in (1, 2, 3)}
+    for (_, _, count), row in rows.items():
+        assert row["tokens_per_second"] == pytest.approx(1e6 * count / row["microseconds"])
+    base, delta = rows["merged", None, 1]["bytes"], rows["deltas", None, 1]["bytes"]
+    assert rows["merged", None, 3]["bytes"] == 3 * base
+    assert 0 < rows["deltas", None, 3]["bytes"] - base == 3 * (delta - base) < 3 * base / 12
+    assert found["limits"]["bandwidth"] > 0 and found["limits"]["flops"] > 0
+    assert len(found["goals"]) == 5 and all(goal["met"] is None for goal in found["goals"])
+    text = "\n".join(bench.describe(found))
+    for word in ("merged models in turn", "LoRA r=64, one batch", "by PEFT", "GFLOP/s", "goal >= 4"):
+        assert word in text
+    assert main(["bench", "model", "--shape", "llama-9"]) == 2
+    assert "shape: expected one of llama-2-7b" in capsys.readouterr().err

@@ -5,6 +5,7 @@
     products   delta products, extraction and expansion against the dense product, interleaved (data, timing)
     files      a packfile's load, and compress against merely reading the same maps
     goals      what each row should reach
+    model      decoding for many tenants (random_model, decode, model_goals); needs PyTorch and transformers
 
 Everything timed rotates over more than 1 GB of random bits, so that nothing comes from a cache.
 """
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..errors import Error
+from ..errors import Error, whole_number
 from ..table import table
 from . import check, files, goals, machine
 
@@ -52,9 +53,55 @@ def run(suite: str = "cpu", quick: bool = False, log: Callable[[str], None] = pr
     return report
 
 
+def run_model(
+    shape: str = "llama-2-7b",
+    layers: int = 2,
+    tenants: int = 16,
+    quick: bool = False,
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Decoding for many tenants: merged models in turn, LoRA, and deltas in one batch.
+
+    Args:
+        shape: of a layer: a key of `random_model.SHAPES`.
+        layers: how many; the base and all deltas must fit memory and the temporary folder.
+        tenants: the most; 1, 2, 4, ... are timed.
+        quick: a tiny model and few repetitions; the figures mean nothing.
+        log: called with one line at a time.
+
+    Returns:
+        A dict that JSON can hold: `machine`, `limits`, `rows`, `goals`.
+
+    Raises:
+        ValueError: an unknown shape, or a number below 1.
+        bitdelta.Error: tokens differ from those of merged models.
+    """
+    from . import model, model_goals
+    from .random_model import SHAPES
+
+    if shape not in SHAPES:
+        raise ValueError(f"shape: expected one of {', '.join(SHAPES)}, got {shape!r}")
+    for name, number in (("layers", layers), ("tenants", tenants)):
+        whole_number(number, name, 1, 1000)
+    start = time.perf_counter()
+    shape = "tiny" if quick else shape
+    report: dict[str, Any] = {"suite": "model", "quick": quick, "machine": machine.describe()}
+    report |= {"shape": shape, "layers": layers, "tenants": tenants, "context": model.CONTEXT}
+    report["limits"], report["rows"] = model.measure(shape, layers, tenants, quick, log)
+    report["goals"] = model_goals.goals(report["rows"], quick)
+    report["seconds"] = round(time.perf_counter() - start, 1)
+    return report
+
+
 def describe(report: dict[str, Any]) -> Iterator[str]:
     """The report as lines of text."""
     yield from machine.lines(report["machine"])
+    if report["suite"] == "model":
+        from . import model_goals
+
+        yield from model_goals.describe(report)
+        yield from _footer(report, "speed: tokens/s relative to the merged models in turn")
+        return
     if "checks" in report:
         yield f"checked against the reference: {report['checks']} results, every bit equal"
     for title, rows in _sections(report["rows"]):
@@ -64,11 +111,17 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
         if lines:
             yield ""
             yield from lines
+    yield from _footer(
+        report, "against: the time relative to the best dense product of the same shape, rows and threads"
+    )
+
+
+def _footer(report: dict[str, Any], about: str) -> Iterator[str]:
     yield ""
     if report["quick"]:
         yield "--quick: small shapes, few repetitions; these figures mean nothing"
     yield "medians; spread: half the distance of the 20th and 80th percentiles, in percent of the median"
-    yield "against: the time relative to the best dense product of the same shape, rows and threads"
+    yield about
     yield f"the run took {report['seconds']} s"
 
 
