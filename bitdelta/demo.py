@@ -9,22 +9,19 @@ transformers from a folder on the disk. Needs PyTorch and transformers, imported
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import Error
+from . import training
 from .table import table
+from .training import Log, held_out, kept, load, save, seeded, silent, train
 
 TASKS = {
     "code": "the source code of Python's standard library",
@@ -37,7 +34,6 @@ PROMPTS = {
     "shout": "THE VALUE OF ",
 }
 SAMPLE_WIDTH = 64  # characters of a sample in the table
-HELD_OUT = 0.1  # share of each text, its end, that is never trained on
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ def run(
     evaluation: Evaluation = Evaluation(),
     cache: str | os.PathLike[str] | None = None,
     planes: tuple[int, ...] = (1, 2),
-    log: Callable[[str], None] = lambda message: None,
+    log: Log = silent,
 ) -> dict[str, Any]:
     """Trains (or finds in the cache), compresses, merges and measures.
 
@@ -93,7 +89,7 @@ def run(
     Raises:
         bitdelta.Error: PyTorch or transformers is missing.
     """
-    torch, _ = _libraries()
+    torch, _ = training.libraries("the demo")
     from .compress import compress
     from .merge import merge
 
@@ -114,10 +110,10 @@ def run(
         for task, description in TASKS.items():
             log(f"compressing and measuring {task}")
             finetuned = root / task
-            held_out = _held_out(_texts(settings)[task])
+            text = held_out(_texts(settings)[task])
             rows = [
-                _measure("base", base, None, held_out, task, evaluation),
-                _measure("fine-tune", finetuned, _model_bytes(finetuned), held_out, task, evaluation),
+                _measure("base", base, None, text, task, evaluation),
+                _measure("fine-tune", finetuned, _model_bytes(finetuned), text, task, evaluation),
             ]
             for count in planes:
                 delta, merged = Path(scratch, f"{task}-{count}"), Path(scratch, f"{task}-{count}-merged")
@@ -126,7 +122,7 @@ def run(
                 seconds = time.perf_counter() - begin
                 merge(base, delta, merged)
                 name = f"{count} bit" + "s" * (count > 1)
-                row = _measure(name, merged, _delta_bytes(delta), held_out, task, evaluation)
+                row = _measure(name, merged, _delta_bytes(delta), text, task, evaluation)
                 row["compress_seconds"] = round(seconds, 3)
                 row["factor"] = round(rows[1]["bytes"] / row["bytes"], 2)
                 rows.append(row)
@@ -160,176 +156,51 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
 
 
 def default_cache() -> Path:
-    """`$XDG_CACHE_HOME/bitdelta/demo`, by default under ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitdelta" / "demo"
+    return training.cache_folder("demo")
 
 
 def models(
-    settings: Settings = Settings(),
-    cache: str | os.PathLike[str] | None = None,
-    log: Callable[[str], None] = lambda message: None,
+    settings: Settings = Settings(), cache: str | os.PathLike[str] | None = None, log: Log = silent
 ) -> Path:
     """The folder that holds `base` and every fine-tune, as transformers loads them; trained if not cached."""
-    torch, transformers = _libraries()
-    about = [asdict(settings), sys.version_info[:3], torch.__version__, transformers.__version__, 1]
-    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
-    root = Path(cache or default_cache())
-    target = root / key
-    if target.is_dir():
-        return target
-    root.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=root))
-    try:
-        _train_all(settings, scratch, log)
-        try:
-            scratch.rename(target)
-        except OSError:  # another demo finished first
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
-
-
-def _libraries() -> tuple[Any, Any]:
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise Error(f"the demo needs PyTorch and transformers ({error}): pip install '.[torch]'") from error
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return torch, transformers
+    training.libraries("the demo")
+    return training.made_once(
+        Path(cache or default_cache()), asdict(settings), lambda folder: _train_all(settings, folder, log)
+    )
 
 
 def _texts(settings: Settings) -> dict[str, str]:
     """The four texts, from what every Python installation holds."""
-    import argparse
-    import ast
-    import inspect
     import unicodedata
-    from email import message
-    from json import decoder
-    from pydoc_data.topics import topics
 
-    prose = "\n".join(topics[name] for name in sorted(topics))
-    modules = (argparse, ast, decoder, inspect, message, tempfile, shutil)
-    code = "\n".join(inspect.getsource(module) for module in modules)
     named = ((point, unicodedata.name(chr(point), "")) for point in range(0x20, 0x3000))
     names = "\n".join(f"U+{point:04X} {name}" for point, name in named if name)
-    texts = {"base": prose, "code": code, "unicode": names, "shout": prose.upper()}
+    prose = training.prose()
+    texts = {"base": prose, "code": training.code(), "unicode": names, "shout": prose.upper()}
     return {name: text[: settings.text_bytes] for name, text in texts.items()}
 
 
-def _train_all(settings: Settings, folder: Path, log: Callable[[str], None]) -> None:
-    torch, transformers = _libraries()
+def _train_all(settings: Settings, folder: Path, log: Log) -> None:
     texts = _texts(settings)
-    tokenizer = _tokenizer(settings, [_kept(text) for text in texts.values()])
-    with _seeded(torch, settings.seed):
-        config = transformers.LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=settings.hidden,
-            intermediate_size=settings.intermediate,
-            num_hidden_layers=settings.layers,
-            num_attention_heads=settings.heads,
-            num_key_value_heads=settings.key_value_heads,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            initializer_range=settings.hidden**-0.5,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-        model = transformers.LlamaForCausalLM(config)
-        _train(
-            model, tokenizer, _kept(texts["base"]), settings, settings.base_steps, settings.rate, "base", log
-        )
-    _save(model, tokenizer, folder / "base")
-    for task in TASKS:
-        with _seeded(torch, settings.seed + 1):
-            model = _load(folder / "base").to(torch.float32)
-            steps, rate = settings.finetune_steps, settings.finetune_rate
-            _train(model, tokenizer, _kept(texts[task]), settings, steps, rate, task, log)
-        _save(model, tokenizer, folder / task)
-
-
-@contextmanager
-def _seeded(torch: Any, seed: int) -> Iterator[None]:
-    """The generator seeded inside, and left as it was outside."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
-def _tokenizer(settings: Settings, texts: list[str]) -> Any:
-    """A byte-level BPE: any text can be written, a few hundred merges make the samples readable."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings.vocabulary,
-        special_tokens=["<|end|>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+    tokenizer = training.train_tokenizer(settings.vocabulary, [kept(text) for text in texts.values()])
+    shape = (
+        settings.hidden,
+        settings.intermediate,
+        settings.layers,
+        settings.heads,
+        settings.key_value_heads,
     )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>")
-
-
-def _train(
-    model: Any,
-    tokenizer: Any,
-    text: str,
-    settings: Settings,
-    steps: int,
-    rate: float,
-    name: str,
-    log: Callable[[str], None],
-) -> None:
-    """AdamW on random windows; every parameter is trained."""
-    import torch
-
-    tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
-    warm_up = max(1, steps // 20)
-    model.train()
-    for step in range(steps):
-        factor = min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps) + 0.02)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * factor
-        starts = torch.randint(0, len(tokens) - settings.length, (settings.batch,))
-        rows = torch.stack([tokens[start : start + settings.length] for start in starts.tolist()])
-        loss = model(input_ids=rows, labels=rows).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 20 == 0 or step + 1 == steps:
-            log(f"training {name}: step {step + 1} of {steps}, loss {loss.item():.3f}")
-
-
-def _kept(text: str) -> str:
-    return text[: int(len(text) * (1 - HELD_OUT))]
-
-
-def _held_out(text: str) -> str:
-    return text[int(len(text) * (1 - HELD_OUT)) :]
-
-
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    import torch
-
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _load(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    rows = settings.length, settings.batch
+    with seeded(settings.seed):
+        model = training.new_llama(tokenizer, *shape)
+        train(model, tokenizer, kept(texts["base"]), settings.base_steps, settings.rate, *rows, "base", log)
+    save(model, tokenizer, folder / "base")
+    for task in TASKS:
+        with seeded(settings.seed + 1):
+            model = load(folder / "base")
+            steps, rate = settings.finetune_steps, settings.finetune_rate
+            train(model, tokenizer, kept(texts[task]), steps, rate, *rows, task, log)
+        save(model, tokenizer, folder / task)
 
 
 def _measure(
@@ -340,7 +211,7 @@ def _measure(
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = _load(folder).to(torch.float32).eval()
+    model = load(folder).eval()
     length = 128
     tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"][: evaluation.tokens])
     tokens = tokens[: len(tokens) // length * length].view(-1, length)
@@ -352,7 +223,7 @@ def _measure(
             total += torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
             ).item()
-        with _seeded(torch, 0):  # the most likely tokens alone would soon repeat themselves
+        with seeded(0):  # the most likely tokens alone would soon repeat themselves
             sample = model.generate(
                 **prompt, max_new_tokens=evaluation.sample_tokens, do_sample=True, temperature=0.6, top_k=20
             )

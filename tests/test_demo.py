@@ -65,7 +65,7 @@ def test_an_interrupted_training_leaves_no_models(tmp_path, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "_train", interrupt)
+    monkeypatch.setattr(demo, "train", interrupt)
     with pytest.raises(KeyboardInterrupt):
         demo.models(demo.small()[0], tmp_path)
     assert list(tmp_path.iterdir()) == []
