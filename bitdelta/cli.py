@@ -30,6 +30,7 @@ from .cli_parts import (
     shows_progress,
     summary,
 )
+from .cli_study import study
 from .errors import Error
 
 INTERRUPTED = 130  # 128 + SIGINT
@@ -230,6 +231,7 @@ def import_diff(
 
 app.command("eval", short_help="Measure a delta against its fine-tune.")(evaluate)
 app.command(short_help="Answer prompts of many fine-tunes.")(generate)
+app.command(short_help="Measure a claim on small models.")(study)
 
 
 @app.command(short_help="Train a delta's scales by gradients.")

@@ -164,8 +164,9 @@ def models(
 ) -> Path:
     """The folder that holds `base` and every fine-tune, as transformers loads them; trained if not cached."""
     training.libraries("the demo")
+    root = Path(cache or default_cache())
     return training.made_once(
-        Path(cache or default_cache()), asdict(settings), lambda folder: _train_all(settings, folder, log)
+        root, "models", asdict(settings), lambda folder: _train_all(settings, folder, log)
     )
 
 
@@ -208,9 +209,8 @@ def _measure(
 ) -> dict[str, Any]:
     """One row of the table: transformers loads the folder; in fp32, so that only the weights differ."""
     import torch
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = training.load_tokenizer(folder)
     model = load(folder).eval()
     length = 128
     tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"][: evaluation.tokens])

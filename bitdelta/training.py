@@ -47,19 +47,19 @@ def cache_folder(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitdelta" / name
 
 
-def made_once(root: Path, about: Any, make: Callable[[Path], None]) -> Path:
-    """A folder under `root`, named by a hash of `about` and the versions, that `make` fills if it is not there.
+def made_once(root: Path, name: str, about: Any, make: Callable[[Path], None]) -> Path:
+    """ROOT/NAME-KEY, which `make` fills if it is not there; the key is a hash of `about` and of the versions.
 
     It appears whole or not at all; of two that make it at once, the first one's stays.
     """
     torch, transformers = libraries("training")
     everything = [about, sys.version_info[:3], torch.__version__, transformers.__version__, 1]
     key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:12]
-    target = root / key
+    target = root / f"{name}-{key}"
     if target.is_dir():
         return target
     root.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=root))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-{key}-", dir=root))
     try:
         make(scratch)
         try:
@@ -182,7 +182,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 20 == 0 or step + 1 == steps:
+        if (step + 1) % max(1, steps // 5) == 0:
             log(f"training {name}: step {step + 1} of {steps}, loss {loss.item():.3f}")
 
 
@@ -200,3 +200,9 @@ def load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).to(torch.float32)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)

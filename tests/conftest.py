@@ -42,6 +42,20 @@ def _default_threads():
     bitdelta.set_num_threads(None)
 
 
+@pytest.fixture(scope="session")
+def study_folder(tmp_path_factory):
+    """Where the studies of the whole session keep their models."""
+    return tmp_path_factory.mktemp("study")
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(study_folder):
+    """A base and its full fine-tune, trained in some seconds."""
+    from bitdelta.study.pair import SIZES, make_pair
+
+    return make_pair(SIZES["tiny"], 0, study_folder)
+
+
 def tensor(values, dtype="float32", kind="numpy"):
     """fp32 values rounded to a dtype, as NumPy (bf16 as BFloat16Array), ml_dtypes or torch."""
     rounded = from_float32(np.asarray(values, np.float32), dtype)
