@@ -1,7 +1,7 @@
 """What a tenant makes of one parameter of the model; whatever is not listed is the base's.
 
     Packed     base [N, K] + sign planes, and the rows that follow them (new tokens)
-    Stack      base [E, N, K] + a Delta per matrix
+    Stack      of matrices [E, N, K], parts of each of which are Packed, Whole or the base's
     Whole      another tensor
     LowRank    base + scale * B A (LoRA)
     Converted  made of several checkpoint tensors, as transformers fuses or splits them while loading
@@ -11,7 +11,7 @@ Each has `expand(parameter)`: the tenant's value in the parameter's dtype, as a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,22 +73,32 @@ class Packed:
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """round(base[e] + delta[e])."""
+    """A stack of matrices [E, N, K]; rows begin..end of each matrix change on their own."""
 
-    deltas: tuple[Delta, ...]
+    bounds: tuple[tuple[int, int], ...]  # of rows: 0 .. N
+    parts: tuple[tuple[Packed | Whole | None, ...], ...]  # [E][bounds]; None: the base's
+    columns: int
+
+    @staticmethod
+    def of(deltas: Sequence[Delta]) -> Stack:
+        """A delta a matrix."""
+        n, k = deltas[0].shape
+        return Stack(((0, n),), tuple((Packed(delta),) for delta in deltas), k)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (len(self.deltas), *self.deltas[0].shape)
+        return len(self.parts), self.bounds[-1][1], self.columns
 
     @property
     def nbytes(self) -> int:
-        return sum(delta.nbytes for delta in self.deltas)
+        return sum(part.nbytes for parts in self.parts for part in parts if part is not None)
 
     def expand(self, parameter: Tensor) -> Tensor:
-        out = torch.empty_like(parameter, requires_grad=False, memory_format=torch.contiguous_format)
-        for target, base, delta in zip(out, parameter.detach(), self.deltas, strict=True):
-            delta.expand(base.contiguous(), out=target)
+        out = parameter.detach().clone(memory_format=torch.contiguous_format)
+        for target, base, parts in zip(out, parameter.detach(), self.parts, strict=True):
+            for (begin, end), part in zip(self.bounds, parts, strict=True):
+                if part is not None:
+                    target[begin:end] = part.expand(base[begin:end])
         return out
 
 

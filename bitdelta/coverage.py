@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from .experts_forward import ExpertsForward, RouterForward
 from .linear_forward import LinearForward
 from .modules import EmbeddingForward, kind_of
 from .site import Site
@@ -55,6 +56,6 @@ def coverage(site: Site, tenant: Tenant) -> dict[str, Any]:
 
 
 def _way(kind: type[Wrapped]) -> str:
-    if issubclass(kind, LinearForward):
+    if issubclass(kind, LinearForward | ExpertsForward | RouterForward):
         return "linear"
     return "embedding" if kind is EmbeddingForward else "norm" if kind is NormForward else "split"

@@ -9,7 +9,8 @@ are added to that: a second rounding. Output rows that only some tenants have (n
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,12 +18,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import ops
-from .batch import Batch
+from .batch import Batch, Ids
 from .change import Change, LowRank, Packed
 from .delta import Delta
 from .linear import STREAM_ROWS
 from .wrapped import Wrapped
 
+T: TypeAlias = torch.Tensor
 Shape = tuple[int, int]
 
 
@@ -33,16 +35,16 @@ class LinearPlan:
     rest      (tenant, change): low-rank, whole or converted weights
     rows      (tenant, N, rows added below)
     sizes     (tenant, output rows) where not all have the same
+    biases    (tenant, bias)
     """
 
-    def __init__(self, changes: list[dict[str, Change]], width: int, n: int) -> None:
+    def __init__(self, changes: Sequence[Mapping[str, Change]], width: int, n: int) -> None:
         self.width, self.is_ragged = width, width != n
         self.kernels: dict[Shape, tuple[list[Delta], Any]] = {}
         self.rest: list[tuple[int, Change]] = []
-        self.rows: list[tuple[int, int, torch.Tensor]] = []
+        self.rows: list[tuple[int, int, T]] = []
         self.sizes: list[tuple[int, int]] = []
         self.biases: list[tuple[int, Change]] = []
-        self._ids: dict[tuple[Shape, int], Any] = {}
         for tenant, own in enumerate(changes):
             if (bias := own.get("bias")) is not None:
                 self.biases.append((tenant, bias))
@@ -50,27 +52,100 @@ class LinearPlan:
             if change is not None and self.is_ragged:
                 self.sizes.append((tenant, change.shape[0]))
             if isinstance(change, Packed):
-                self._add(tenant, change, len(changes))
+                self._add_kernel(tenant, change, len(changes))
             elif change is not None:
                 self.rest.append((tenant, change))
 
-    def _add(self, tenant: int, change: Packed, n_tenants: int) -> None:
-        new: tuple[list[Delta], Any] = (
-            [],
-            np.full(n_tenants + 1, -1, np.int64),
-        )  # the last is the base's, -1
+    def _add_kernel(self, tenant: int, change: Packed, n_tenants: int) -> None:
+        # the last place of the look-up is the base's, -1
+        new: tuple[list[Delta], Any] = [], np.full(n_tenants + 1, -1, np.int64)
         deltas, index = self.kernels.setdefault(change.delta.shape, new)
         index[tenant] = len(deltas)
         deltas.append(change.delta)
         if change.rows is not None:
             self.rows.append((tenant, change.delta.shape[0], change.rows))
 
-    def ids(self, shape: Shape, tenants: Any) -> Any:
-        """Per row the index of its delta of this shape."""
-        key = (shape, len(tenants))
-        if key not in self._ids:
-            self._ids[key] = self.kernels[shape][1][tenants]
-        return self._ids[key]
+    def of(self, shape: Shape, tenants: Ids) -> tuple[list[Delta], Any]:
+        """The deltas of this shape, and per row the index of its own."""
+        deltas, index = self.kernels[shape]
+        return deltas, index[tenants]
+
+    def product(self, x: T, weight: T, bias: T | None, tenants: Ids) -> T:
+        """x [M, K] times a plain weight [N, K] of the base, with every row's own changes."""
+        shape = self.fused(x, weight)
+        if shape is None:
+            weight = weight.detach().to(x.dtype)
+            out = F.linear(x, weight, None if bias is None else bias.detach().to(x.dtype))
+        else:
+            out = ops.linear(x, weight, bias, *self.of(shape, tenants))
+        return self.add(out, x, tenants, shape, bias)
+
+    def fused(self, x: T, weight: Any) -> Shape | None:
+        """The deltas that our own kernels take along with the base's product: measured faster than PyTorch's there."""
+        shape = next(iter(self.kernels), None)
+        is_fused = (
+            type(weight) in (nn.Parameter, T)
+            and weight.device.type == "cpu"
+            and tuple(weight.shape) == shape
+            and weight.dtype == x.dtype
+            and (weight.dtype != torch.float32 or len(x) <= STREAM_ROWS)
+        )
+        return shape if is_fused else None
+
+    def add(
+        self,
+        out: T,
+        x: T,
+        tenants: Ids,
+        done: Shape | None,
+        bias: T | None = None,
+        is_transposed: bool = False,
+    ) -> T:
+        """Adds to the base's product, or replaces, what the rows' tenants change; deltas of shape `done` are in it."""
+        for tenant, change in self.rest:
+            rows = rows_of(tenant, tenants)
+            if len(rows):
+                _rest(change, x, out, rows, bias, is_transposed)
+        for shape in self.kernels:
+            if shape != done:
+                out = _add(out, x, shape, *self.of(shape, tenants), is_transposed)
+        for tenant, change in self.biases:
+            assert bias is not None
+            own = change.expand(bias).to(out.dtype).clone()
+            common = min(len(own), len(bias))
+            own[:common] -= bias.detach()[:common].to(out.dtype)
+            out[rows_of(tenant, tenants), : len(own)] += own
+        return out
+
+
+def rows_of(tenant: int, tenants: Ids) -> T:
+    return torch.from_numpy(np.flatnonzero(tenants == tenant))
+
+
+def _add(out: T, x: T, shape: Shape, deltas: list[Delta], ids: Any, is_transposed: bool) -> T:
+    if is_transposed:
+        return out.add_(ops.linear_transposed(x.float(), deltas, ids))
+    if shape[0] == out.shape[1]:
+        return ops.linear_add(out, x, deltas, ids)
+    narrow = out[:, : shape[0]]
+    added = ops.linear_add(narrow, x, deltas, ids)
+    if added.data_ptr() != narrow.data_ptr():  # new where gradients are needed
+        return torch.cat([added, out[:, shape[0] :]], 1)
+    return out
+
+
+def _rest(change: Change, x: T, out: T, rows: T, bias: T | None, is_transposed: bool) -> None:
+    if isinstance(change, LowRank):
+        n = len(change.b)
+        out[rows, :n] = (out[rows, :n] + change.product(x[rows])).to(out.dtype)
+        return
+    weight = change.expand(x)  # whole and converted weights only ask for a dtype
+    weight = weight.T if is_transposed else weight
+    product = F.linear(x[rows], weight).to(out.dtype)
+    if bias is not None:
+        common = min(len(bias), len(weight))
+        product[:, :common] += bias.detach()[:common].to(out.dtype)
+    out[rows, : len(weight)] = product
 
 
 class LinearForward(Wrapped):
@@ -92,96 +167,38 @@ class LinearForward(Wrapped):
         module: Any = self.module
         return int(module.nf if self.is_transposed else module.out_features)
 
-    def run(self, plan: LinearPlan, batch: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def run(self, plan: LinearPlan, batch: Batch, *args: Any, **kwargs: Any) -> T:
+        module: Any = self.module
         x = args[0] if args else next(iter(kwargs.values()))
         flat = x.reshape(-1, x.shape[-1])
         tenants = batch.expand(len(flat), self.path)
-        shape = next(iter(plan.kernels), None)
-        if shape is not None and self._is_fused(shape, flat):
-            module: Any = self.module
-            out = ops.linear(
-                flat, module.weight, module.bias, plan.kernels[shape][0], plan.ids(shape, tenants)
-            )
-        else:
-            shape, y = None, self.plain(*args, **kwargs)
+        shape = None
+        if type(module).forward is nn.Linear.forward and type(module.weight) is nn.Parameter:
+            shape = plan.fused(flat, module.weight)
+        if shape is None:
+            y = self.plain(*args, **kwargs)
             out = y.reshape(-1, y.shape[-1])
+        else:
+            out = ops.linear(flat, module.weight, module.bias, *plan.of(shape, tenants))
         if plan.is_ragged:
-            out = self._widen(plan, batch, flat, out)
-        for tenant, change in plan.rest:
-            rows = batch.indices(tenant, len(flat), self.path)
-            if len(rows):
-                self._rest(change, flat, out, rows)
-        for other, (deltas, _) in plan.kernels.items():
-            if other != shape:
-                out = self._add(out, flat, other, deltas, plan.ids(other, tenants))
-        if plan.biases:
-            self._biases(plan, batch, out)
+            out = _widen(plan, tenants, flat, out)
+        out = plan.add(out, flat, tenants, shape, getattr(module, "bias", None), self.is_transposed)
         return out.reshape(*x.shape[:-1], plan.width)
 
-    def _is_fused(self, shape: Shape, x: torch.Tensor) -> bool:
-        """Whether our own kernels make the base's product too: measured faster than PyTorch's on the CPU."""
-        module: Any = self.module
-        weight = module.weight
-        return (
-            type(module).forward is nn.Linear.forward
-            and type(weight) is nn.Parameter
-            and weight.device.type == "cpu"
-            and tuple(weight.shape) == shape
-            and weight.dtype == x.dtype
-            and (weight.dtype != torch.float32 or len(x) <= STREAM_ROWS)
-        )
 
-    def _add(
-        self, out: torch.Tensor, x: torch.Tensor, shape: Shape, deltas: list[Delta], ids: Any
-    ) -> torch.Tensor:
-        if self.is_transposed:
-            return out.add_(ops.linear_transposed(x.float(), deltas, ids))
-        if shape[0] == out.shape[1]:
-            return ops.linear_add(out, x, deltas, ids)
-        narrow = out[:, : shape[0]]
-        added = ops.linear_add(narrow, x, deltas, ids)
-        if added.data_ptr() != narrow.data_ptr():  # new where gradients are needed
-            return torch.cat([added, out[:, shape[0] :]], 1)
-        return out
-
-    def _rest(self, change: Change, x: torch.Tensor, out: torch.Tensor, rows: torch.Tensor) -> None:
-        if isinstance(change, LowRank):
-            n = len(change.b)
-            out[rows, :n] = (out[rows, :n] + change.product(x[rows])).to(out.dtype)
-            return
-        weight = change.expand(x)  # whole and converted weights only ask for a dtype
-        weight = weight.T if self.is_transposed else weight
-        product = F.linear(x[rows], weight).to(out.dtype)
-        bias: Any = getattr(self.module, "bias", None)
-        if bias is not None:
-            common = min(len(bias), len(weight))
-            product[:, :common] += bias.detach()[:common].to(out.dtype)
-        out[rows, : len(weight)] = product
-
-    def _widen(self, plan: LinearPlan, batch: Batch, x: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
-        out = narrow.new_full((len(x), plan.width), -torch.inf)
-        out[:, : narrow.shape[1]] = narrow
-        for tenant, size in plan.sizes:
-            out[batch.indices(tenant, len(x), self.path), size:] = -torch.inf
-        for tenant, n, added in plan.rows:
-            rows = batch.indices(tenant, len(x), self.path)
-            out[rows, n : n + len(added)] = F.linear(x[rows], added.to(x.dtype)).to(out.dtype)
-        return out
-
-    def _biases(self, plan: LinearPlan, batch: Batch, out: torch.Tensor) -> None:
-        base: Any = getattr(self.module, "bias", None)
-        for tenant, change in plan.biases:
-            own = change.expand(base).to(out.dtype).clone()
-            common = min(len(own), len(base))
-            own[:common] -= base.detach()[:common].to(out.dtype)
-            rows = batch.indices(tenant, len(out), self.path)
-            out[rows, : len(own)] += own
+def _widen(plan: LinearPlan, tenants: Ids, x: T, narrow: T) -> T:
+    """Room for outputs that only some tenants have."""
+    out = narrow.new_full((len(x), plan.width), -torch.inf)
+    out[:, : narrow.shape[1]] = narrow
+    for tenant, size in plan.sizes:
+        out[rows_of(tenant, tenants), size:] = -torch.inf
+    for tenant, n, added in plan.rows:
+        rows = rows_of(tenant, tenants)
+        out[rows, n : n + len(added)] = F.linear(x[rows], added.to(x.dtype)).to(out.dtype)
+    return out
 
 
 class Conv1DForward(LinearForward):
     """transformers' Conv1D keeps its weight as [in, out], so its delta's product is the transposed one."""
 
     is_transposed = True
-
-    def _is_fused(self, shape: Shape, x: torch.Tensor) -> bool:
-        return False

@@ -37,6 +37,46 @@ class Conversion:
         made = converter.convert(self.first, model=self.model, config=self.model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
+    def places(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Places] | None:
+        """Where the rows of each matrix end up, if they all stay together in order; else None.
+
+        The conversion is run on matrices of one column, which say which row of which tensor they are.
+        """
+        if any(len(shape) != 2 for shape in shapes.values()):
+            return None
+        codes = {name: i * CODE for i, name in enumerate(shapes)}
+        try:
+            made = self.run(
+                lambda name: torch.arange(shapes[name][0], dtype=torch.float64)[:, None] + codes[name]
+            )
+        except (RuntimeError, ValueError, IndexError):  # it needs all columns
+            return None
+        found = {target: _places(value, list(shapes), shapes) for target, value in made.items()}
+        return None if None in found.values() else found  # type: ignore[return-value]
+
+
+Places = list[list[tuple[str, int, int]]]  # of a stack, per matrix: tensor, its first and last row there
+CODE = 1 << 32  # more than a tensor has rows; fp64 holds both
+
+
+def _places(value: torch.Tensor, names: list[str], shapes: dict[str, tuple[int, ...]]) -> Places | None:
+    if value.ndim != 3 or value.shape[2] != 1:
+        return None
+    found: Places = []
+    for codes in value[..., 0].to(torch.int64):
+        source, row = codes // CODE, codes % CODE
+        starts = [0, *(source.diff().nonzero()[:, 0] + 1).tolist(), len(codes)]
+        parts = [
+            (names[int(source[begin])], begin, end) for begin, end in zip(starts, starts[1:], strict=False)
+        ]
+        for name, begin, end in parts:
+            if not torch.equal(row[begin:end], torch.arange(shapes[name][0])):
+                return None
+        if found and [part[1:] for part in parts] != [part[1:] for part in found[0]]:
+            return None
+        found.append(parts)
+    return found
+
 
 @dataclass
 class Mapped:

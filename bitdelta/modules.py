@@ -2,6 +2,7 @@
 
     linear      the base's own product, whatever module makes it, + every row's delta; Conv1D likewise
     embedding   the base's rows, those of tenants replaced
+    experts     stacks of matrices: linears over the rows that the router sends; routers likewise
     split       anything else: the batch is cut by tenant, each part runs with the tenant's parameters
 
 `install` gives a module's instance another `forward`; names, parameters and hooks of the model stay. Without a
@@ -22,6 +23,7 @@ from torch import nn
 
 from .batch import Batch
 from .errors import Error
+from .experts_forward import ExpertsForward, RouterForward, has_stacks, is_router
 from .linear_forward import Conv1DForward, LinearForward
 from .split_forward import NormForward, SplitForward, broadcasts
 from .wrapped import Wrapped
@@ -127,7 +129,11 @@ def kind_of(module: nn.Module) -> type[Wrapped]:
     if isinstance(module, nn.Embedding) and module.max_norm is None:
         if type(module).forward is nn.Embedding.forward or "ScaledWordEmbedding" in name:
             return EmbeddingForward
-    return NormForward if broadcasts(module) else SplitForward
+    if has_stacks(module):
+        return ExpertsForward
+    if broadcasts(module):
+        return NormForward
+    return RouterForward if is_router(module) else SplitForward
 
 
 def _refuse_cache(module: nn.Module, path: str) -> None:

@@ -17,6 +17,8 @@ from .change import Change
 from .errors import Error
 from .wrapped import Wrapped
 
+KEPT_BYTES = 32 << 20  # of a module's expanded parameters, for a tenant of a batch
+
 
 class SplitForward(Wrapped):
     """Runs each tenant's rows by themselves: with its parameters, or with a module of its own."""
@@ -54,18 +56,27 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
 
 
 class _Shell:
-    """The module with some parameters replaced; the module itself is not touched, so threads do not meet."""
+    """The module with some parameters replaced; the module itself is not touched, so threads do not meet.
+
+    Small parameters are expanded once a batch, others at every call.
+    """
 
     def __init__(self, module: nn.Module, changes: dict[str, Change]) -> None:
         self.module, self.changes = module, changes
+        self.kept: nn.Module | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.kept is not None:
+            return self.kept(*args, **kwargs)
         values = {}
         for name, change in self.changes.items():
             owner, _, leaf = name.rpartition(".")
             base = self.module.get_submodule(owner)
             values[name] = change.expand(getattr(base, leaf))
-        return replaced(self.module, values)(*args, **kwargs)
+        own = replaced(self.module, values)
+        if sum(value.nbytes for value in values.values()) <= KEPT_BYTES:
+            self.kept = own
+        return own(*args, **kwargs)
 
 
 def replaced(module: nn.Module, values: dict[str, torch.Tensor]) -> nn.Module:

@@ -22,7 +22,7 @@ from .errors import BaseMismatchError, Error
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
-    from .mapping import Conversion
+    from .mapping import Conversion, Places
     from .packfile import Packfile
     from .site import Site
 
@@ -111,7 +111,7 @@ def _change(packfile: Packfile, name: str) -> Change | None:
         rows = packfile.rows(name)
         return Packed(value, None if rows is None else as_torch(rows))
     if isinstance(value, tuple):
-        return Stack(value)
+        return Stack.of(value)
     return Whole(as_torch(value))
 
 
@@ -120,6 +120,10 @@ def _converted(packfile: Packfile, base: Checkpoint, conversion: Conversion) -> 
     changed = {name: _change(packfile, name) for name in conversion.names}
     if not any(changed.values()):
         return {}
+    shapes = {name: tuple(packfile.entries[name]["shape"]) for name in conversion.names}
+    places = conversion.places(shapes)
+    if places is not None:
+        return {target: _stack(parts, changed, shapes) for target, parts in places.items()}
 
     def tensor(name: str) -> Any:
         change = changed[name]
@@ -138,6 +142,12 @@ def _converted(packfile: Packfile, base: Checkpoint, conversion: Conversion) -> 
         target: Converted(partial(_run, conversion, tensor, target), tuple(made.shape), nbytes)
         for target, made in conversion.run(empty).items()
     }
+
+
+def _stack(places: Places, changed: dict[str, Change | None], shapes: dict[str, tuple[int, ...]]) -> Stack:
+    bounds = tuple((begin, end) for _, begin, end in places[0])
+    parts: Any = tuple(tuple(changed[name] for name, _, _ in matrix) for matrix in places)
+    return Stack(bounds, parts, shapes[places[0][0][0]][1])
 
 
 def _run(conversion: Conversion, tensor: Callable[[str], Any], target: str) -> Any:

@@ -75,8 +75,6 @@ ARCHITECTURES = {
 # what holds parameters that nothing but cutting the batch can give to some rows only
 SPLIT = {
     "opt": {"OPTLearnedPositionalEmbedding"},
-    "mixtral": {"MixtralExperts", "MixtralTopKRouter"},
-    "qwen2-moe": {"Qwen2MoeExperts", "Qwen2MoeTopKRouter"},
     "vit": {"Conv2d", "ViTEmbeddings"},
     "whisper": {"Conv1d", "WhisperPositionalEmbedding"},
 }
