@@ -197,7 +197,7 @@ class DeltaModel(nn.Module):  # type: ignore[misc]
         return [None if name == BASE else name for name in names]
 
     def _install(self, tenant: Tenant) -> None:
-        for path in (*tenant.by_module, *tenant.modules):
+        for path in (*tenant.by_module, *tenant.modules, *tenant.settings):
             for wrapped in install(self.model, path):
                 self.wrapped.append(wrapped)
         for wrapped in self.wrapped:

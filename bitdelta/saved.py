@@ -21,6 +21,7 @@ from .folder import PendingFolder, refuse_existing
 from .header import read_json
 from .hub import resolve
 from .layout import inside
+from .tenant_config import set_key
 
 if TYPE_CHECKING:
     from .model import DeltaModel
@@ -106,8 +107,10 @@ def merge_into(model: DeltaModel, name: str | None) -> Any:
                 _replace(base, parameter, change, site.parameters[parameter], done)
             for path, own in tenant.modules.items():
                 base.set_submodule(path, own)
+            for path, settings in tenant.settings.items():
+                vars(base.get_submodule(path)).update(settings)
             for key, value in tenant.config.items():
-                _set(base.config, key, value)
+                set_key(base.config, key, value)
             if tenant.vocabulary is not None:
                 base.config.get_text_config().vocab_size = tenant.vocabulary
             base.generation_config.eos_token_id = list(tenant.eos) or None
@@ -138,10 +141,3 @@ def _replace(base: Any, parameter: str, change: Any, before: torch.Tensor, done:
             done.add(id(target))
     elif isinstance(target, nn.Parameter):
         setattr(module, leaf, nn.Parameter(value, requires_grad=False))
-
-
-def _set(config: Any, key: str, value: Any) -> None:
-    *parts, last = key.split(".")
-    for part in parts:
-        config = getattr(config, part)
-    setattr(config, last, value)

@@ -12,7 +12,7 @@ from .hub import resolve
 from .packfile import Packfile, load
 from .site import Site
 from .tenant import Tenant, changes_of
-from .tenant_config import difference, end_tokens, rotary_modules
+from .tenant_config import Own, difference, end_tokens, own_parts
 
 
 def model_class(config: dict[str, Any]) -> Any:
@@ -63,13 +63,13 @@ def _packed(name: str, packfile: Packfile, site: Site, base: Checkpoint) -> Tena
     files = packfile.files()
     changed: dict[str, Any] = {}
     own: dict[str, Any] = {}
-    modules: dict[str, Any] = {}
+    parts = Own()
     is_tied = False
     if "config.json" in files:
         own = read_json(files["config.json"])
         finetuned = _config(files["config.json"])
         changed = difference(_config(base.files["config.json"]), finetuned)
-        modules = rotary_modules(site.model, finetuned, changed, str(packfile.root))
+        parts = own_parts(site.model, finetuned, changed, str(packfile.root))
         is_tied = bool(finetuned.tie_word_embeddings)
     changes = changes_of(packfile, base, site, is_tied)
     head = changes.get(f"{site.head}.weight")
@@ -81,7 +81,8 @@ def _packed(name: str, packfile: Packfile, site: Site, base: Checkpoint) -> Tena
         vocabulary=site.vocabulary if head is None else int(head.shape[0]),
         eos=eos,
         pad=pad,
-        modules=modules,
+        modules=parts.modules,
+        settings=parts.settings,
         config=changed,
         by_module=site.by_module(changes),
     )

@@ -5,7 +5,7 @@ Norms are most of what goes this way, so they do it at once: a row's weight is p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,10 +28,11 @@ class SplitForward(Wrapped):
     def plan(self, batch: Batch) -> Any:
         targets: dict[int, Callable[..., Any]] = {}
         for i, (tenant, own) in enumerate(zip(batch.tenants, self.changes(batch), strict=True)):
+            settings = tenant.settings.get(self.path, {})
             if self.path in tenant.modules:
                 targets[i] = tenant.modules[self.path]
-            elif own:
-                targets[i] = _Shell(self.module, own)
+            elif own or settings:
+                targets[i] = _Shell(self.module, own, settings)
         return targets if targets or self.has_inner and not batch.is_uniform else None
 
     def run(self, plan: dict[int, Callable[..., Any]], batch: Batch, *args: Any, **kwargs: Any) -> Any:
@@ -61,8 +62,8 @@ class _Shell:
     Small parameters are expanded once a batch, others at every call.
     """
 
-    def __init__(self, module: nn.Module, changes: dict[str, Change]) -> None:
-        self.module, self.changes = module, changes
+    def __init__(self, module: nn.Module, changes: dict[str, Change], settings: dict[str, float]) -> None:
+        self.module, self.changes, self.settings = module, changes, settings
         self.kept: nn.Module | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -73,16 +74,19 @@ class _Shell:
             owner, _, leaf = name.rpartition(".")
             base = self.module.get_submodule(owner)
             values[name] = change.expand(getattr(base, leaf))
-        own = replaced(self.module, values)
+        own = replaced(self.module, values, self.settings)
         if sum(value.nbytes for value in values.values()) <= KEPT_BYTES:
             self.kept = own
         return own(*args, **kwargs)
 
 
-def replaced(module: nn.Module, values: dict[str, torch.Tensor]) -> nn.Module:
-    """A copy that shares everything with the module except these parameters and buffers."""
+def replaced(
+    module: nn.Module, values: dict[str, torch.Tensor], settings: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """A copy that shares everything with the module except these parameters, buffers and attributes."""
     copy: Any = object.__new__(type(module))
     copy.__dict__.update(module.__dict__)
+    copy.__dict__.update(settings or {})
     copy.__dict__.pop("forward", None)
     copy._parameters, copy._buffers = dict(module._parameters), dict(module._buffers)
     inner: dict[str, dict[str, torch.Tensor]] = {}
@@ -147,21 +151,30 @@ def _join_tensors(found: list[torch.Tensor], batch: Batch, path: str) -> torch.T
 class NormForward(SplitForward):
     """A norm whose weight and bias multiply and add elementwise: for all tenants at once.
 
-    `broadcasts` has tried that the class computes the same with a weight [rows, 1, K] as row by row.
+    `broadcasts` has tried that the class computes the same with a weight [rows, 1, K] as row by row, and so with an
+    epsilon [rows, 1, 1] where tenants have their own.
     """
 
     def plan(self, batch: Batch) -> Any:
         changes = self.changes(batch)
+        settings = [tenant.settings.get(self.path, {}) for tenant in batch.tenants]
+        keys = {key for own in settings for key in own}
         if (
             not any(changes)
+            and not keys
             or batch.is_uniform
             or any(self.path in tenant.modules for tenant in batch.tenants)
+            or keys
+            and not broadcasts(self.module, keys)
         ):
             return super().plan(batch)
-        tables = {}
+        tables: dict[str, torch.Tensor] = {}
         for name, base in self.module.named_parameters(recurse=False):
             rows = [base.detach() if name not in own else own[name].expand(base) for own in changes]
             tables[name] = torch.stack([*rows, base.detach()])  # the last is the base's, -1
+        for key in keys:
+            value = getattr(self.module, key)
+            tables[key] = torch.tensor([[own.get(key, value)] for own in (*settings, {})])
         return tables
 
     def run(self, plan: dict[Any, Any], batch: Batch, *args: Any, **kwargs: Any) -> Any:
@@ -169,24 +182,31 @@ class NormForward(SplitForward):
         if batch.is_uniform or "weight" not in plan or len(x) % len(batch.ids):
             return super().run(plan, batch, *args, **kwargs)
         ids = torch.from_numpy(batch.expand(len(x), self.path))
-        shape = (len(x), *[1] * (x.ndim - 2), x.shape[-1])
-        return apply_norm(self.module, x, {name: table[ids].reshape(shape) for name, table in plan.items()})
+        lead = (len(x), *[1] * (x.ndim - 2))
+        return apply_norm(
+            self.module, x, {name: table[ids].reshape(*lead, -1) for name, table in plan.items()}
+        )
 
 
 def apply_norm(module: nn.Module, x: torch.Tensor, values: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The norm of x with weights (and biases) that broadcast against it."""
-    if type(module) is nn.LayerNorm:  # its kernel wants [K]; inside it computes in fp32 as well
-        y = (
-            F.layer_norm(x.float(), module.normalized_shape, None, None, module.eps)
-            * values["weight"].float()
-        )
+    """The norm of x with weights, biases and epsilons that broadcast against it."""
+    if type(module) is nn.LayerNorm:  # its kernel wants [K] and a number; inside it computes in fp32 as well
+        eps = values.get("eps")
+        if eps is None:
+            y = F.layer_norm(x.float(), module.normalized_shape, None, None, module.eps)
+        else:
+            y = x.float() - x.float().mean(-1, keepdim=True)
+            y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+        y = y * values["weight"].float()
         return (y + values["bias"].float() if "bias" in values else y).to(x.dtype)
-    found: torch.Tensor = replaced(module, values)(x)
+    parameters = {name: value for name, value in values.items() if name in ("weight", "bias")}
+    settings = {name: value for name, value in values.items() if name not in parameters}
+    found: torch.Tensor = replaced(module, parameters, settings)(x)
     return found
 
 
-def broadcasts(module: nn.Module) -> bool:
-    """Whether this is a norm that may be run for all tenants at once."""
+def broadcasts(module: nn.Module, keys: Iterable[str] = ()) -> bool:
+    """Whether this is a norm that may be run for all tenants at once; `keys`: epsilons that differ too."""
     parameters = dict(module.named_parameters(recurse=False))
     weight = parameters.get("weight")
     if "Norm" not in type(module).__name__ or weight is None or any(p.ndim != 1 for p in parameters.values()):
@@ -195,14 +215,26 @@ def broadcasts(module: nn.Module) -> bool:
         return False
     x = torch.linspace(-1, 2, 6 * len(weight), dtype=weight.dtype).reshape(2, 3, -1)
     rows = [{name: p.detach() + i for name, p in parameters.items()} for i in (1, 2)]
+    settings = [dict.fromkeys(keys, 0.5 * i) for i in (1, 2)]
     with torch.no_grad():
-        return _agrees(module, x, rows)
+        return _agrees(module, x, rows, settings)
 
 
-def _agrees(module: nn.Module, x: torch.Tensor, rows: list[dict[str, torch.Tensor]]) -> bool:
+def _agrees(
+    module: nn.Module,
+    x: torch.Tensor,
+    rows: list[dict[str, torch.Tensor]],
+    settings: list[dict[str, float]],
+) -> bool:
     try:
-        alone = torch.cat([replaced(module, row)(x[i : i + 1]) for i, row in enumerate(rows)])
+        alone = torch.cat(
+            [
+                replaced(module, row, own)(x[i : i + 1])
+                for i, (row, own) in enumerate(zip(rows, settings, strict=True))
+            ]
+        )
         table = {name: torch.stack([row[name] for row in rows])[:, None] for name in rows[0]}
+        table |= {key: torch.tensor([own[key] for own in settings])[:, None, None] for key in settings[0]}
         return torch.allclose(apply_norm(module, x, table), alone, rtol=1e-2, atol=1e-3)
     except (RuntimeError, TypeError):
         return False

@@ -45,7 +45,8 @@ class Tenant:
         name: what a batch calls it.
         kind: "delta" or "lora".
         changes: parameter of the model -> what it becomes.
-        modules: modules of its own, by path (rotary embeddings).
+        modules: modules of its own, by path (rotary embeddings, activations).
+        settings: attributes of modules that differ (epsilons), by path.
         config: what its config.json changes: key -> value.
         vocabulary: how many logits it has.
         eos, pad: its end and padding tokens.
@@ -58,6 +59,7 @@ class Tenant:
     eos: tuple[int, ...] = ()
     pad: int | None = None
     modules: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, dict[str, float]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     by_module: dict[str, dict[str, Change]] = field(default_factory=dict)
 

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 from models import llama_config, make, merged
 
 from bitdelta.errors import BaseMismatchError, Error
@@ -129,9 +130,63 @@ def test_a_tenant_with_linear_rope_runs_beside_base_rows(tmp_path):
     assert (alone(ids[:1]).logits[0] - logits[0]).abs().max() <= 3e-4 * logits[0].abs().max()
 
 
-@pytest.mark.parametrize(("key", "value"), [("rms_norm_eps", 1e-3), ("hidden_act", "gelu")])
-def test_a_config_that_changes_the_computation_is_refused_by_name_and_merge_accepts_it(tmp_path, key, value):
-    make(tmp_path, llama_config(), tenants=1, change=with_config(**{key: value}))
+def check_rows(root, cls=transformers.AutoModelForCausalLM):
+    """Rows of tenant 0, whose config differs, beside others; then alone, and merged."""
+    model, ids = load(root, 2), tokens(4)
+    names, who = ["t0", None, "t1", "t0"], [0, None, 1, 0]
+    with torch.no_grad():
+        logits = model(ids, delta_names=names).logits
+        for row, i in enumerate(who):
+            wanted = merged(root, i, cls)(ids[row : row + 1]).logits[0]
+            assert (logits[row] - wanted).abs().max() <= 3e-4 * wanted.abs().max()
+        alone = model(ids, delta_names="t0").logits
+        wanted = merged(root, 0, cls)(ids).logits
+        assert (alone - wanted).abs().max() <= 3e-4 * wanted.abs().max()
+        assert (model.merge_and_unload("t0")(ids).logits - wanted).abs().max() <= 3e-4 * wanted.abs().max()
+        plain = merged(root, 0, cls)
+        plain.config = merged(root, None, cls).config
+        same = type(plain)(plain.config).eval()
+        same.load_state_dict(plain.state_dict())
+        assert (same(ids).logits - wanted).abs().max() > 1e-3 * wanted.abs().max()  # the setting matters
+
+
+@pytest.mark.parametrize(("key", "value"), [("rms_norm_eps", 0.5), ("hidden_act", "gelu")])
+def test_epsilon_and_activation_are_each_rows_own(tmp_path, key, value):
+    make(tmp_path, llama_config(), change=with_config(**{key: value}))
+    check_rows(tmp_path)
+
+
+def test_epsilons_of_layer_norms_are_each_rows_own(tmp_path):
+    config = transformers.GPT2Config(
+        vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+    )
+    make(tmp_path, config, transformers.GPT2LMHeadModel, change=with_config(layer_norm_epsilon=0.5))
+    check_rows(tmp_path)
+
+
+GROUPED = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+}  # fmt: skip
+REFUSED = {
+    "sliding_window": ("Mistral", {"sliding_window": 8}, {"sliding_window": 16}),
+    "logit_softcapping": ("Gemma2", {}, {"final_logit_softcapping": 10.0}),
+    "attention_softcapping": ("Gemma2", {}, {"attn_logit_softcapping": 10.0}),
+    "query_scale": ("Gemma2", {}, {"query_pre_attn_scalar": 64}),
+    "experts_activation": ("Mixtral", {"num_local_experts": 2}, {"hidden_act": "gelu"}),
+    "experts_per_token": ("Mixtral", {"num_local_experts": 2}, {"num_experts_per_tok": 1}),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_config_that_changes_the_computation_otherwise_is_refused_by_name_and_merge_accepts_it(
+    tmp_path, name
+):
+    family, about, changes = REFUSED[name]
+    cls = getattr(transformers, f"{family}ForCausalLM")
+    config = getattr(transformers, f"{family}Config")(**GROUPED, **about)
+    make(tmp_path, config, cls, tenants=1, change=with_config(**changes))
+    ((key, value),) = changes.items()
     assert getattr(merged(tmp_path, 0).config, key) == value
     with pytest.raises(BaseMismatchError, match=f"{key}: .* changes it to {value}.*merge"):
         load(tmp_path, 1)
