@@ -1,15 +1,16 @@
-"""The demonstration in tiny settings: it trains once, keeps the models, measures, and repeats itself."""
+"""The demonstration in tiny settings: it trains once, keeps the models, packs, measures and answers."""
 
+import contextlib
+import io
 import json
+import math
 import subprocess
 import sys
 
 import pytest
+import torch
 
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-from bitdelta import demo
+from bitdelta import demo, demo_models
 from bitdelta.cli import main
 
 
@@ -20,23 +21,52 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(cache):
-    settings, evaluation = demo.small()
-    return demo.run(settings, evaluation, cache=cache)
+    """What the command prints: one document and nothing else."""
+    threads, printed = torch.get_num_threads(), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["demo", "--small", "--cache", str(cache), "--json"]) == 0
+    assert torch.get_num_threads() == threads
+    return json.loads(printed.getvalue())
 
 
-def test_reports_every_fine_tune_with_its_four_models(report):
+def test_reports_every_fine_tune_in_every_form(report):
     assert set(report["finetunes"]) == set(demo.TASKS)
     for result in report["finetunes"].values():
-        assert [row["model"] for row in result["rows"]] == ["base", "fine-tune", "1 bit", "2 bits"]
-        base, finetuned, one, two = result["rows"]
-        assert all(row["perplexity"] > 1 and isinstance(row["sample"], str) for row in result["rows"])
-        assert one["bytes"] < two["bytes"] < finetuned["bytes"]
-    json.dumps(report, allow_nan=False)
+        assert [row["model"] for row in result["rows"]] == ["base", "fine-tune", *demo.FORMS]
+        base, finetuned, *packed = result["rows"]
+        for row in packed:
+            assert 1 < finetuned["perplexity"] < row["perplexity"] < base["perplexity"]
+            assert row["logit_mse"] < base["logit_mse"] and row["bytes"] < finetuned["bytes"]
+            gap = math.log(base["perplexity"]) - math.log(finetuned["perplexity"])
+            left = math.log(row["perplexity"]) - math.log(finetuned["perplexity"])
+            assert row["recovered"] == pytest.approx(1 - left / gap)
+
+
+def test_each_step_comes_nearer_to_the_fine_tune(report):
+    for result in report["finetunes"].values():
+        sign, distilled, fitted, both = (row["logit_mse"] for row in result["rows"][2:])
+        assert sign > distilled > both and sign > fitted > both
+
+
+def test_one_batch_answers_for_the_base_and_all_fine_tunes(report):
+    rows = report["batch"]["rows"]
+    assert [row["model"] for row in rows] == ["base", "code", "base", "unicode", "base", "shout"]
+    assert all(row["answer"] for row in rows)
+    assert all(a["prompt"] == b["prompt"] for a, b in zip(rows[::2], rows[1::2], strict=True))
+    assert any(a["answer"] != b["answer"] for a, b in zip(rows[::2], rows[1::2], strict=True))
 
 
 def test_the_report_can_be_read(report):
     text = "\n".join(demo.describe(report))
-    for word in (*demo.TASKS, "base", "fine-tune", "1 bit", "2 bits", "perplexity"):
+    for word in (
+        *demo.TASKS,
+        *demo.FORMS,
+        "base",
+        "fine-tune",
+        "perplexity",
+        "logit MSE",
+        "one batch of 6 rows",
+    ):
         assert word in text
     assert f"bitdelta compress {report['models']}/base" in text
 
@@ -55,17 +85,11 @@ def test_models_are_cached_and_seeded(cache, report, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == [root.name]
 
 
-def test_the_command_prints_one_document(cache, report, capsys):
-    assert main(["demo", "--small", "--cache", str(cache), "--json"]) == 0
-    captured = capsys.readouterr()
-    assert json.loads(captured.out)["finetunes"].keys() == demo.TASKS.keys()
-
-
 def test_an_interrupted_training_leaves_no_models(tmp_path, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "train", interrupt)
+    monkeypatch.setattr(demo_models, "train", interrupt)
     with pytest.raises(KeyboardInterrupt):
         demo.models(demo.small()[0], tmp_path)
     assert list(tmp_path.iterdir()) == []
