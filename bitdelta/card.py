@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from .forms import parameters, stored_bytes
@@ -49,16 +50,27 @@ def model_card(config: dict[str, Any], delta_bytes: int) -> str:
             count = sum(map(parameters, group))
             how = description + (f", planes: {', '.join(map(str, planes))}" if planes else "")
             lines.append(f"| {len(group)} | {count:,} | {how} |")
-    lines += [
+    return "\n".join([*lines, *_usage(base, base_name)]) + "\n"
+
+
+def _usage(base: Mapping[str, str | None], name: str) -> list[str]:
+    """How to use the delta; over a quantised base there is no way back to a full checkpoint."""
+    if base.get("quantized"):
+        return [
+            "",
+            f"It was taken from the base as quantised by {_text(str(base['quantized']))}, and runs over that:",
+            "",
+            '    DeltaModel.load_delta(NAME, DELTA, allow_base="quantized")',
+        ]
+    return [
         "",
         "Back to a full checkpoint, which transformers loads:",
         "",
-        f"    bitdelta merge {_text(base_name)} DELTA --out FOLDER",
+        f"    bitdelta merge {_text(name)} DELTA --out FOLDER",
         "",
         "In Python, memory-mapped: `bitdelta.load(DELTA)`. The base must be the one named above; `bitdelta verify`",
         "checks that.",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _text(name: str) -> str:

@@ -10,6 +10,7 @@ headers, `tensor.py` maps the values. Nothing is unpickled and no code of the ch
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
@@ -55,6 +56,7 @@ TRAVEL = (
     "NOTICE*",
 )
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")  # never travel, whatever their name
+DEQUANTIZED = "dequantized.json"  # of a folder that `bitdelta.quantized` wrote: whose weights it has
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -114,6 +116,26 @@ class Checkpoint(Mapping[str, Tensor]):
             if tensor.nbytes and first.setdefault(place, name) != name:
                 found[name] = first[place]
         return found
+
+    @cached_property
+    def origin(self) -> dict[str, str | None]:
+        """What a delta says of its base: id, revision, name; of dequantised weights, whose, how and a fingerprint."""
+        path = self.root / DEQUANTIZED
+        if not path.is_file():
+            return {"id": self.id, "revision": self.revision, "name": self.root.resolve().name}
+        mark = read_json(contained(self.root, DEQUANTIZED))
+        fields = ("id", "revision", "name", "quantized", "fingerprint")
+        if set(mark) != set(fields) or not all(isinstance(value, str | None) for value in mark.values()):
+            raise FormatError(f"{path}: expected texts for {', '.join(fields)}, got {', '.join(mark)[:200]}")
+        return {field: mark[field] for field in fields}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the names and fingerprints of all tensors."""
+        digest = hashlib.sha256()
+        for name in sorted(self._tensors):
+            digest.update(f"{name} {self._tensors[name].fingerprint()}\n".encode())
+        return digest.hexdigest()
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -64,6 +64,13 @@ class Loss(str, Enum):
     kl = "kl"
 
 
+class Quantized(str, Enum):
+    int8 = "int8"
+    bnb_int8 = "bnb-int8"
+    bnb_nf4 = "bnb-nf4"
+    stored = "stored"
+
+
 class Suite(str, Enum):
     cpu = "cpu"
     io = "io"
@@ -102,6 +109,12 @@ def compress(
     ] = None,
     fit: Annotated[Fit, typer.Option(help="What is fitted to it.")] = Fit.signs,
     budget: Annotated[float | None, typer.Option(metavar="BITS", help="Bits per weight to spend.")] = None,
+    quantized_base: Annotated[
+        Quantized | None,
+        typer.Option(
+            help="Against the base's weights as quantised: by torchao, bitsandbytes, or in its files."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Estimate size, memory and time; write nothing.")
     ] = False,
@@ -123,6 +136,7 @@ def compress(
         budget=budget,
         dry_run=dry_run,
         progress=shows_progress(),
+        quantized_base=None if quantized_base is None else quantized_base.value,
     )
     answer(report, as_json, summary(report, "would write" if dry_run else "wrote", out))
 

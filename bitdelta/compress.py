@@ -47,6 +47,7 @@ def compress(
     budget: float | None = None,
     dry_run: bool = False,
     progress: bool = False,
+    quantized_base: Any = None,
 ) -> dict[str, Any]:
     """Writes the packed delta of `finetuned` against `base`.
 
@@ -62,6 +63,9 @@ def compress(
         budget: not part of this version.
         dry_run: estimate size, memory and time; write nothing.
         progress: a progress bar on stderr.
+        quantized_base: take the delta from what the base computes with when it is quantised like this, and so repair
+            what that loses: "int8", "bnb-int8", "bnb-nf4", "stored" or a config of transformers; see
+            `bitdelta.quantized`. The sizes of `dry_run` are those without.
 
     Returns:
         A dict that JSON can hold: counts, parameters and share of each form, bytes, factor, relative error, speed.
@@ -76,6 +80,13 @@ def compress(
     whole = (whole,) if isinstance(whole, str) else tuple(whole)
     _check_options(planes, scale, text, fit, budget)
     refuse_existing(Path(out_dir))
+    if quantized_base is not None and not dry_run:
+        from .quantized import dequantized
+
+        with dequantized(base, quantized_base, out_dir) as weights:
+            return compress(
+                weights, finetuned, out_dir, planes, scale, whole, text, fit, budget, progress=progress
+            )
     if text is not None and not dry_run:
         return _calibrated(base, finetuned, out_dir, planes, scale, whole, text, fit, progress)
     source, target = open_checkpoint(base), open_checkpoint(finetuned)

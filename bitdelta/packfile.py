@@ -163,6 +163,12 @@ class Packfile(Mapping[str, Any]):
     def __repr__(self) -> str:
         return f"Packfile({str(self.root)!r}, {len(self)} tensors)"
 
+    @property
+    def quantized(self) -> str | None:
+        """How the base was quantised whose weights this delta was taken from, or None."""
+        found = self.config.get("base", {}).get("quantized")
+        return None if found is None else str(found)
+
     def rows(self, name: str) -> np.ndarray | None:
         """The rows that the fine-tune added below the base's (new tokens), or None."""
         name, entry = self._untied(name)
@@ -184,6 +190,8 @@ class Packfile(Mapping[str, Any]):
             known = self.config.get("base", {})
             made_from = known.get("id") or known.get("name")
             which = "has no such tensor" if wrong[0] not in checkpoint else "has other values"
+            if self.quantized is not None:
+                made_from = f"{made_from}, quantised ({self.quantized}): load it with allow_base='quantized'"
             raise BaseMismatchError(
                 f"{wrong[0]}: {checkpoint.root} {which}{more}; {self.root} was made from {made_from}"
                 + (f" at revision {known['revision']}" if known.get("revision") else "")

@@ -287,11 +287,7 @@ class PackfileWriter:
         config = {
             "format_version": FORMAT_VERSION,
             "tool_version": _version(),
-            "base": {
-                "id": self.base.id,
-                "revision": self.base.revision,
-                "name": self.base.root.resolve().name,
-            },
+            "base": self.base.origin,
             "finetuned": self.finetuned,
             "files": self._copy_files(path),
             "absent": self.absent,

@@ -10,6 +10,7 @@ from .errors import BaseMismatchError, Error
 from .header import read_json
 from .hub import resolve
 from .packfile import Packfile, load
+from .quantized import quantized_modules
 from .site import Site
 from .tenant import Tenant, changes_of
 from .tenant_config import Own, difference, end_tokens, own_parts
@@ -46,16 +47,25 @@ def tenant_from(
     if allow_base is None:
         packfile.check_base(base)
     else:
-        _check_id(packfile, base)
+        _check_quantized(packfile, site, base)
     return _packed(name, packfile, site, base)
 
 
-def _check_id(packfile: Packfile, base: Checkpoint) -> None:
-    made_from = packfile.config.get("base", {}).get("id")
-    if made_from is None or made_from != base.id:
+def _check_quantized(packfile: Packfile, site: Site, base: Checkpoint) -> None:
+    """The base has the id or the values of the one that the delta was made from, and is quantised where that was."""
+    made_from = packfile.config.get("base", {})
+    has_id = base.id is not None and made_from.get("id") == base.id
+    has_values = made_from.get("fingerprint") == base.fingerprint or all(
+        packfile.has_base(name, base) for name in packfile.entries
+    )
+    if not has_id and not has_values:
         raise BaseMismatchError(
-            f"{packfile.root} was made from {made_from}, the base is {base.id or base.root}; where the base is "
-            "quantised, their Hub ids must be the same"
+            f"{packfile.root} was made from {made_from.get('id') or made_from.get('name')}, the base is "
+            f"{base.id or base.root}; where the base is quantised, their Hub ids or all their files must be the same"
+        )
+    if packfile.quantized is not None and not quantized_modules(site.model):
+        raise BaseMismatchError(
+            f"{packfile.root} was made over a base quantised by {packfile.quantized}, and this model's is not quantised"
         )
 
 

@@ -58,6 +58,11 @@ def verify(
             raise
         reasons.append(str(error))  # it claims to be one, and is damaged
         return report
+    if target is not None and packfile.quantized and not source.origin.get("quantized"):
+        raise ValueError(
+            f"finetuned: {packfile.root} was taken from a base quantised by {packfile.quantized}; to measure "
+            "its error, give as base the folder that bitdelta.quantized.dequantize writes"
+        )
     checked = _check_delta(packfile, reasons) + _check_base(packfile, source, reasons)
     report |= {"tensors": len(packfile), "checked_bytes": checked}
     if target is not None and not reasons:
@@ -86,6 +91,12 @@ def _check_delta(packfile: Packfile, reasons: list[str]) -> int:
 
 def _check_base(packfile: Packfile, base: Checkpoint, reasons: list[str]) -> int:
     checked = 0
+    if packfile.quantized and not base.origin.get("quantized"):
+        if packfile.config["base"].get("fingerprint") != base.fingerprint:
+            reasons.append(
+                f"{base.root} has other values than the base that was quantised for {packfile.root}"
+            )
+        return checked
     for name, entry in packfile.entries.items():
         if not packfile.has_base(name, base):
             which = "has other values" if name in base else "is missing"
