@@ -130,12 +130,10 @@ class Checkpoint(Mapping[str, Tensor]):
         return {field: mark[field] for field in fields}
 
     @cached_property
-    def fingerprint(self) -> str:
+    def identity(self) -> str:
         """SHA-256 over the names and fingerprints of all tensors."""
-        digest = hashlib.sha256()
-        for name in sorted(self._tensors):
-            digest.update(f"{name} {self._tensors[name].fingerprint()}\n".encode())
-        return digest.hexdigest()
+        lines = (f"{name} {self.fingerprint(name)}\n" for name in sorted(self))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -257,4 +257,4 @@ def _write_files(folder: Path, source: Checkpoint, method: str) -> None:
 
 
 def _mark(source: Checkpoint, method: str) -> dict[str, str | None]:
-    return {**source.origin, "quantized": method, "fingerprint": source.fingerprint}
+    return {**source.origin, "quantized": method, "fingerprint": source.identity}

@@ -55,7 +55,7 @@ def _check_quantized(packfile: Packfile, site: Site, base: Checkpoint) -> None:
     """The base has the id or the values of the one that the delta was made from, and is quantised where that was."""
     made_from = packfile.config.get("base", {})
     has_id = base.id is not None and made_from.get("id") == base.id
-    has_values = made_from.get("fingerprint") == base.fingerprint or all(
+    has_values = made_from.get("fingerprint") == base.identity or all(
         packfile.has_base(name, base) for name in packfile.entries
     )
     if not has_id and not has_values:

@@ -92,7 +92,7 @@ def _check_delta(packfile: Packfile, reasons: list[str]) -> int:
 def _check_base(packfile: Packfile, base: Checkpoint, reasons: list[str]) -> int:
     checked = 0
     if packfile.quantized and not base.origin.get("quantized"):
-        if packfile.config["base"].get("fingerprint") != base.fingerprint:
+        if packfile.config["base"].get("fingerprint") != base.identity:
             reasons.append(
                 f"{base.root} has other values than the base that was quantised for {packfile.root}"
             )

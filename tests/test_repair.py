@@ -20,7 +20,11 @@ from bitdelta.quantized import dequantize
 pytest.importorskip("torchao", reason="torchao is not installed")
 quantized = importlib.import_module("bitdelta.quantized")
 METHODS = ("int8", "bnb-int8", "bnb-nf4")
-SIZE = {"int8": 5e-5, "bnb-int8": 5e-5, "bnb-nf4": 2e-3}  # of the change: smaller than what quantisation loses
+SIZE = {
+    "int8": 5e-5,
+    "bnb-int8": 5e-5,
+    "bnb-nf4": 2e-3,
+}  # of the change: smaller than what quantisation loses
 
 
 def needs(method):
