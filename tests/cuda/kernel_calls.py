@@ -1,0 +1,267 @@
+"""The kernels called as csrc/cuda.h says, by ctypes, on the emulation: "device memory" is NumPy's, lent for a call."""
+
+import contextlib
+import ctypes
+import dataclasses
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import POINTER, Structure, byref, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
+from pathlib import Path
+
+import numpy as np
+
+from bitdelta.array import aligned_empty, dtype_name
+
+ROOT = Path(__file__).parent.parent.parent
+DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+FORMS = {"tensor": 0, "row": 1, "rank1": 2}
+NO_BAD = 2**64 - 1
+
+
+class Context(Structure):
+    _fields_ = [("stream", c_void_p), ("n_processors", c_int), ("capability", c_int)]
+
+
+class Matrix(Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("dtype", c_int),
+        ("n_rows", c_int64),
+        ("n_columns", c_int64),
+        ("row_stride", c_int64),
+    ]
+
+
+class Part(Structure):
+    _fields_ = [
+        ("deltas", c_void_p),
+        ("N", c_int64),
+        ("product", c_void_p),
+        ("product_stride", c_int64),
+        ("add", c_int),
+        ("bias", c_void_p),
+        ("bias_dtype", c_int),
+        ("y", Matrix),
+    ]
+
+
+class LinearArgs(Structure):
+    _fields_ = [
+        ("x", POINTER(Matrix)),
+        ("plan", c_void_p),
+        ("n_deltas", c_int64),
+        ("max_planes", c_int),
+        ("has_columns", c_int),
+        ("max_rows", c_int64),
+        ("n_parts", c_int),
+        ("parts", Part * 4),
+        ("workspace", c_void_p),
+    ]
+
+
+class GradientArgs(Structure):
+    _fields_ = [
+        ("dy", POINTER(Matrix)),
+        ("x", POINTER(Matrix)),
+        ("plan", c_void_p),
+        ("deltas", c_void_p),
+        ("n_deltas", c_int64),
+        ("max_planes", c_int),
+        ("has_columns", c_int),
+        ("K", c_int64),
+        ("g", POINTER(Matrix)),
+        ("drow", c_void_p),
+        ("dcolumn", c_void_p),
+        ("workspace", c_void_p),
+    ]
+
+
+TABLE = np.dtype([("sign", np.uint64), ("row", np.uint64), ("column", np.uint64), ("P", np.int64)])
+
+
+@dataclasses.dataclass
+class PartOfCall:
+    """One weight of a call of `Kernels.linear`."""
+
+    deltas: list
+    y: np.ndarray
+    product: np.ndarray | None = None
+    bias: np.ndarray | None = None
+    add: bool = False
+
+
+def build(folder, sources=None, compiler="c++"):
+    """Compiles kernels/ for the emulation into a library in `folder`."""
+    sys.path.insert(0, str(ROOT / "kernels"))
+    import toolchain
+
+    sources = [*toolchain.emulation_sources(), *(sources or toolchain.kernel_sources())]
+    objects = [folder / f"{Path(source).name}.o" for source in sources]
+    commands = [
+        [*toolchain.emulation_command([compiler], ROOT / source, output), "-Werror"]
+        for source, output in zip(sources, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(lambda command: subprocess.run(command, capture_output=True, text=True), commands):
+            assert done.returncode == 0, done.stderr
+    library = folder / "kernels.so"
+    subprocess.run(
+        [compiler, "-shared", "-o", str(library), *map(str, objects), "-lm", "-lpthread"], check=True
+    )
+    return library
+
+
+def bytes_of(array):
+    """The array's memory: its first byte's address, and how many."""
+    first, end = np.lib.array_utils.byte_bounds(np.asarray(array))
+    return first, end - first
+
+
+class Kernels:
+    """The functions of csrc/cuda.h. What they write is checked against what the arrays hold."""
+
+    def __init__(self, path):
+        self.library = ctypes.CDLL(str(path))
+        self.library.bd_gpu_message.restype = ctypes.c_char_p
+        self.context = Context(None, 2, 80)
+        for name in ("plan", "linear_workspace", "gradient_workspace", "extract_workspace", "fit_workspace"):
+            function = getattr(self.library, f"bd_cuda_{name}_bytes", None)
+            if function is not None:
+                function.restype = c_size_t
+
+    # calls
+
+    def call(self, name, *arguments, reads=(), writes=()):
+        """bd_cuda_<name>(context, *arguments) with these arrays lent; raises where it fails."""
+        loans = [(*bytes_of(array), 0) for array in reads if array is not None and array.size]
+        loans += [(*bytes_of(array), 1) for array in writes if array is not None and array.size]
+        loans = [(c_void_p(address), c_size_t(n), c_int(flag)) for address, n, flag in loans]
+        for loan in loans:
+            assert self.library.bd_gpu_lend(*loan) == 0
+        try:
+            status = getattr(self.library, f"bd_cuda_{name}")(byref(self.context), *arguments)
+        finally:
+            for loan in loans:
+                self.library.bd_gpu_take_back(*loan)
+        if status == 4:
+            raise RuntimeError(self.library.bd_gpu_message().decode())
+        if status:
+            raise ValueError(f"bd_cuda_{name}: status {status}")
+
+    def workspace(self, name, *arguments):
+        n_bytes = getattr(self.library, f"bd_cuda_{name}_bytes")(*arguments)
+        memory = aligned_empty((max(1, n_bytes // 16 + 16),), np.uint32)
+        memory = aligned_empty(((n_bytes + 3) // 4 + 64,), np.uint32)
+        start = (-memory.ctypes.data % 256) // 4
+        memory[...] = 0xA5A5A5A5
+        return memory[start : start + (n_bytes + 3) // 4]
+
+    # operations
+
+    def plan(self, ids, n_deltas):
+        ids = np.ascontiguousarray(ids, np.int64)
+        plan = self.workspace("plan", c_int64(len(ids)), c_int64(n_deltas))
+        self.call(
+            "plan", pointer(ids), c_int64(len(ids)), c_int64(n_deltas), pointer(plan), reads=[ids], writes=[plan]
+        )
+        return plan
+
+    def quantize(self, x, column=None):
+        m, k = x.shape
+        q = np.full((m, -(-k // 256) * 256), 99, np.int16)
+        exponents = np.full(m, 99, np.int32)
+        self.call(
+            "quantize",
+            byref(matrix(x)),
+            pointer(column),
+            pointer(q),
+            pointer(exponents),
+            reads=[x, column],
+            writes=[q, exponents],
+        )
+        return q, exponents
+
+    def linear(self, x, parts, ids, n_deltas=None, max_rows=None, max_planes=None):
+        """Writes every part's y."""
+        n_deltas = len(parts[0].deltas) if n_deltas is None else n_deltas
+        plan = self.plan(ids, n_deltas)
+        every = [delta for part in parts for delta in part.deltas if delta is not None]
+        planes = max([1, *(delta.planes for delta in every)]) if max_planes is None else max_planes
+        has_columns = any(delta.column is not None for delta in every)
+        tables = [table(part.deltas) for part in parts]
+        arguments = LinearArgs(
+            x=ctypes.pointer(matrix(x)),
+            plan=pointer(plan),
+            n_deltas=n_deltas,
+            max_planes=planes,
+            has_columns=has_columns,
+            max_rows=len(ids) if max_rows is None else max_rows,
+            n_parts=len(parts),
+        )
+        for at, part in enumerate(parts):
+            arguments.parts[at] = Part(
+                deltas=pointer(tables[at]),
+                N=part.y.shape[1],
+                product=pointer(part.product),
+                product_stride=0 if part.product is None else part.product.strides[0] // 4,
+                add=part.add,
+                bias=pointer(part.bias),
+                bias_dtype=0 if part.bias is None else DTYPES[dtype_name(part.bias, "bias")],
+                y=matrix(part.y),
+            )
+        workspace = self.workspace(
+            "linear_workspace",
+            *map(c_int64, (len(ids), x.shape[1], n_deltas)),
+            len(parts),
+            planes,
+            int(has_columns),
+        )
+        arguments.workspace = pointer(workspace)
+        reads = [x, plan, *tables]
+        for part in parts:
+            reads += [part.product, part.bias]
+        self.call(
+            "linear",
+            byref(arguments),
+            reads=reads + arrays(every),
+            writes=[workspace, *(part.y for part in parts)],
+        )
+
+
+def pointer(array):
+    return None if array is None else c_void_p(array.ctypes.data)
+
+
+def matrix(array):
+    return Matrix(
+        array.ctypes.data,
+        DTYPES[dtype_name(array, "array")],
+        *array.shape,
+        array.strides[0] // array.itemsize,
+    )
+
+
+def table(deltas):
+    """Slots of a table; None is an empty slot."""
+    slots = np.zeros(max(1, len(deltas)), TABLE)
+    slots["P"] = -1
+    for at, delta in enumerate(deltas):
+        if delta is not None:
+            slots[at] = (
+                delta.sign.ctypes.data,
+                delta.scale.ctypes.data,
+                0 if delta.column is None else delta.column.ctypes.data,
+                delta.planes,
+            )
+    return slots
+
+
+def arrays(deltas):
+    """The memory of deltas, each once."""
+    found = {}
+    for delta in deltas:
+        for array in (delta.sign, delta.scale, delta.column):
+            if array is not None:
+                found[array.ctypes.data] = array
+    return list(found.values())
