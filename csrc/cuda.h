@@ -19,7 +19,7 @@
 extern "C" {
 #endif
 
-#define BD_CUDA_MAX_TENANTS 4096     /* counted in the shared memory of one block */
+#define BD_CUDA_MAX_TENANTS 4096      /* counted in the shared memory of one block */
 #define BD_CUDA_MAX_COLUMNS (1 << 20) /* N and K: sums of 8-bit pieces fit int32 */
 #define BD_CUDA_MAX_ROWS (1 << 24)
 #define BD_CUDA_MAX_PARTS 4
@@ -64,9 +64,10 @@ bd_status bd_cuda_quantize(const bd_cuda_context *ctx, const bd_matrix *x, const
 typedef struct {
     const bd_cuda_delta *deltas; /* [T], all of shape [N, K] */
     int64_t N;
-    const float *product; /* [M, N] with product_stride, the base product made by the caller, or NULL */
+    const float
+        *product; /* [M, N] with product_stride, the base product made by the caller, or NULL */
     int64_t product_stride;
-    int add;          /* 1: y is read as the base product, and rows without a delta stay as they are;
+    int add; /* 1: y is read as the base product, and rows without a delta stay as they are;
                          product and bias are then NULL */
     const void *bias; /* [N] of dtype bias_dtype, or NULL */
     bd_dtype bias_dtype;

@@ -9,7 +9,8 @@ bd_cuda_linear_workspace_bytes(int64_t M, int64_t K, int64_t T, int n_parts, int
                                int has_columns)
 {
     size_t n_bytes;
-    bd_quantized_parts(NULL, bd_plan_places(M, T), K, has_columns ? n_parts * max_planes : 1, &n_bytes);
+    bd_quantized_parts(NULL, bd_plan_places(M, T), K, has_columns ? n_parts * max_planes : 1,
+                       &n_bytes);
     return n_bytes;
 }
 

@@ -98,6 +98,53 @@ bd_find_tile(const bd_linear_job &job, const bd_walk &walk, int column)
     return tile;
 }
 
+/* What a tile works on. Looked up anew after each product instead of kept: the accumulators leave no
+ * registers for it, and a few cached loads a tile cost less than spills. */
+struct bd_view {
+    int tenant, place, n_rows;
+    bd_tile tile;
+    bd_cuda_delta delta;
+    int n_planes, is_lost;
+    int n; /* first output row of this lane: 4 (g % 4) of strip g / 4 of the pair */
+};
+
+static __device__ __forceinline__ bd_view
+bd_look(const bd_linear_job &job, const bd_walk &walk, const int4 *segments, int segment,
+        int column)
+{
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const volatile int4 *own = segments + segment;
+    bd_view view;
+    view.tenant = own->x;
+    view.place = own->y;
+    view.n_rows = own->z;
+    view.tile = bd_find_tile(job, walk, column);
+    view.delta.P = 0;
+    view.delta.sign = NULL;
+    view.delta.row = view.delta.column = NULL;
+    if (view.tenant >= 0) {
+        const volatile bd_cuda_delta *slot = job.parts[view.tile.part].deltas + view.tenant;
+        view.delta.sign = slot->sign;
+        view.delta.row = slot->row;
+        view.delta.column = slot->column;
+        view.delta.P = slot->P;
+    }
+    view.is_lost =
+        view.tenant == BD_LOST || bd_is_lost(view.delta, job.max_planes, job.has_columns);
+    view.n_planes = view.is_lost ? 0 : static_cast<int>(view.delta.P);
+    view.n = view.tile.pair * BD_PAIR_ROWS + lane / 16 * BD_STRIP_ROWS + lane / 4 % 4 * 4;
+    return view;
+}
+
+/* Where plane p of the view's first row is, among the scales of quantised rows. */
+static __device__ __forceinline__ int64_t
+bd_scale_index(const bd_linear_job &job, const bd_view &view, int p)
+{
+    const int which =
+        bd_prepared_index(view.delta, view.tile.part, p, job.max_planes, job.has_columns);
+    return which * job.quantized.n_places + view.place;
+}
+
 /* ---- signs ------------------------------------------------------------------------------------ */
 
 /* 16 bytes that are read once: they do not push rows out of the L1 cache. */
@@ -198,11 +245,32 @@ bd_add_term(const Z under[4], const bd_row_scale &scale, const float *row, int64
     }
 }
 
+/* The term of row `row` of a view and four outputs, added to those of the planes before, which wait in
+ * shared memory: kept, a thread's own, [4][threads]. */
+template <typename Z>
+static __device__ __forceinline__ void
+bd_add_row_term(const bd_linear_job &job, const bd_view &view, int p, int row, const Z under[4],
+                float *kept)
+{
+    const int N = static_cast<int>(job.parts[view.tile.part].N);
+    float sum[4] = {0, 0, 0, 0};
+    BD_UNROLL
+    for (int i = 0; i < 4; i++) {
+        sum[i] = p > 0 ? kept[i * BD_TILE_THREADS] : 0.0f;
+    }
+    bd_add_term(under, job.quantized.scales[bd_scale_index(job, view, p) + row],
+                view.delta.row + static_cast<int64_t>(p) * N, view.n, N, p == 0, sum);
+    BD_UNROLL
+    for (int i = 0; i < 4; i++) {
+        kept[i * BD_TILE_THREADS] = sum[i];
+    }
+}
+
 /* ---- the end of a row -------------------------------------------------------------------------- */
 
-/* y[m, n .. n + 3] = sum + base product + bias, rounded once. has_terms 0: sum holds nothing. */
+/* y[m, n .. n + 3] = kept sums + base product + bias, rounded once. has_terms 0: nothing is kept. */
 static __device__ __forceinline__ void
-bd_finish_row(const bd_cuda_part &part, int64_t m, int64_t n, const float sum[4], int has_terms,
+bd_finish_row(const bd_cuda_part &part, int64_t m, int64_t n, const float *kept, int has_terms,
               int is_lost)
 {
     if (!has_terms && !is_lost && part.add) {
@@ -214,7 +282,8 @@ bd_finish_row(const bd_cuda_part &part, int64_t m, int64_t n, const float sum[4]
         if (n + i >= part.N) {
             return;
         }
-        float value = has_terms ? sum[i] : -0.0f; /* -0 adds nothing, not even a sign */
+        float value =
+            has_terms ? kept[i * BD_TILE_THREADS] : -0.0f; /* -0 adds nothing, not even a sign */
         if (part.add) {
             value = __fadd_rn(value, bd_load_any(part.y.data, part.y.dtype, at + i));
         } else if (part.product != NULL) {
@@ -230,16 +299,13 @@ bd_finish_row(const bd_cuda_part &part, int64_t m, int64_t n, const float sum[4]
     }
 }
 
-/* Whether some plane's u is not finite in the row at `place`. */
+/* Whether row r of a view is NaN: its tenant cannot be used, or some plane's u is not finite. */
 static __device__ __forceinline__ int
-bd_is_row_lost(const bd_linear_job &job, const bd_cuda_delta &delta, int part, int n_planes,
-               int64_t place)
+bd_is_row_lost(const bd_linear_job &job, const bd_view &view, int r)
 {
-    int is_lost = 0;
-    for (int p = 0; p < n_planes; p++) {
-        const int which = bd_prepared_index(delta, part, p, job.max_planes, job.has_columns);
-        const int64_t at = which * job.quantized.n_places + place;
-        is_lost |= job.quantized.scales[at].exponent == BD_ROW_LOST;
+    int is_lost = view.is_lost;
+    for (int p = 0; p < view.n_planes; p++) {
+        is_lost |= job.quantized.scales[bd_scale_index(job, view, p) + r].exponent == BD_ROW_LOST;
     }
     return is_lost;
 }

@@ -15,12 +15,16 @@
 namespace
 {
 
-enum { STEP = 4 /* groups whose signs are in flight: 4 KB a warp */ };
+/* Groups whose signs are in flight: 2 to 4 KB a warp, what the accumulators of R rows leave room for. */
+template <int R>
+struct step {
+    enum { GROUPS = R == 4 ? 2 : 4 };
+};
 
 /* Products of up to R rows with a pair of strips: c[r][2 i + half], half: planes 0 .. 7 or 8 .. 15. */
 template <int R>
 __device__ __forceinline__ void
-multiply(const uint4 *signs, const uint4 *planes, int64_t row_units, const bd_tile &tile,
+multiply(const uint4 *signs, const uint4 *planes, int row_units, const bd_tile &tile,
          int c[R][4][4])
 {
     BD_UNROLL
@@ -30,6 +34,7 @@ multiply(const uint4 *signs, const uint4 *planes, int64_t row_units, const bd_ti
             c[r][i][0] = c[r][i][1] = c[r][i][2] = c[r][i][3] = 0;
         }
     }
+    constexpr int STEP = step<R>::GROUPS;
     for (int group = tile.first_group; group < tile.end_group; group += STEP) {
         uint4 line[STEP][2];
         BD_UNROLL
@@ -74,7 +79,7 @@ sum_planes(const int *low, const int *high)
 /* Lane 4 g + t gets the sums under the bits of row t: of output rows 4 (g % 4) .. + 3 of strip g / 4. */
 template <int R, typename Z>
 __device__ __forceinline__ void
-sums_of_rows(const uint4 *signs, const uint4 *planes, int64_t row_units, const bd_tile &tile,
+sums_of_rows(const uint4 *signs, const uint4 *planes, int row_units, const bd_tile &tile,
              Z under[4])
 {
     int c[R][4][4];
@@ -90,61 +95,69 @@ sums_of_rows(const uint4 *signs, const uint4 *planes, int64_t row_units, const b
     }
 }
 
-/* A segment's rows of one tile: all planes, then the end of the rows. */
+/* One plane of the rows of a tile. */
 template <typename Z>
-__device__ void
-run_tile(const bd_linear_job &job, const bd_walk &walk, const int4 segment, const bd_tile &tile,
-         Z *buffer)
+__device__ __forceinline__ void
+multiply_plane(const bd_linear_job &job, const bd_view &view, int p, Z under[4])
 {
-    const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
-    const bd_cuda_part &part = job.parts[tile.part];
-    const int64_t row_units = static_cast<int64_t>(job.quantized.n_groups) * BD_GROUP_UNITS;
-    const int64_t n = static_cast<int64_t>(tile.pair) * BD_PAIR_ROWS + g / 4 * BD_STRIP_ROWS + g % 4 * 4;
-    const int64_t place = segment.y;
-    bd_cuda_delta delta = {NULL, NULL, NULL, 0};
-    if (segment.x >= 0) {
-        delta = part.deltas[segment.x];
-    }
-    int is_lost = segment.x == BD_LOST || bd_is_lost(delta, job.max_planes, job.has_columns);
-    const int n_planes = is_lost ? 0 : static_cast<int>(delta.P);
-    float sum[4] = {0, 0, 0, 0};
-    for (int p = 0; p < n_planes; p++) {
-        const int which = bd_prepared_index(delta, tile.part, p, job.max_planes, job.has_columns);
-        const int64_t at = which * job.quantized.n_places + place;
-        const uint4 *planes = job.quantized.units + at * row_units + lane;
-        const uint4 *signs = bd_lane_signs(delta, p, part.N, job.quantized.n_groups, tile.pair);
-        Z under[4] = {0, 0, 0, 0};
-        if (segment.z == 1) {
-            sums_of_rows<1>(signs, planes, row_units, tile, under);
-        } else if (segment.z == 2) {
-            sums_of_rows<2>(signs, planes, row_units, tile, under);
-        } else {
-            sums_of_rows<BD_FEW_ROWS>(signs, planes, row_units, tile, under);
-        }
-        bd_sum_shares<4>(buffer, walk.split, tile.share, under);
-        if (tile.share == 0 && t < segment.z) {
-            bd_add_term(under, job.quantized.scales[at + t], delta.row + p * part.N, n, part.N, p == 0,
-                        sum);
-        }
-    }
-    if (tile.share == 0 && t < segment.z && n < part.N) {
-        is_lost |= bd_is_row_lost(job, delta, tile.part, n_planes, place + t);
-        bd_finish_row(part, job.plan.batch[place + t], n, sum, n_planes > 0, is_lost);
+    const int row_units = job.quantized.n_groups * BD_GROUP_UNITS;
+    const uint4 *planes =
+        job.quantized.units + bd_scale_index(job, view, p) * row_units + threadIdx.x % 32;
+    const uint4 *signs = bd_lane_signs(view.delta, p, job.parts[view.tile.part].N,
+                                       job.quantized.n_groups, view.tile.pair);
+    if (view.n_rows == 1) {
+        sums_of_rows<1>(signs, planes, row_units, view.tile, under);
+    } else if (view.n_rows == 2) {
+        sums_of_rows<2>(signs, planes, row_units, view.tile, under);
+    } else {
+        sums_of_rows<BD_FEW_ROWS>(signs, planes, row_units, view.tile, under);
     }
 }
 
-/* Z: uint32_t where z fits int32 for every K of the job, else unsigned long long. */
+/* A segment's rows of one tile: all planes, then the end of the rows. Lane 4 g + t ends row t. */
 template <typename Z>
-__global__ void __launch_bounds__(BD_TILE_THREADS, 2)
-multiply_few(const bd_linear_job job)
+__device__ __forceinline__ void
+run_tile(const bd_linear_job &job, const bd_walk &walk, int segment, int column, Z *buffer)
 {
-    BD_SHARED(Z, buffer);
+    const int t = static_cast<int>(threadIdx.x % 4);
+    float *const kept = reinterpret_cast<float *>(buffer + 4 * BD_TILE_THREADS) + threadIdx.x;
+    for (int p = 0;; p++) {
+        const bd_view before = bd_look(job, walk, job.plan.few, segment, column);
+        if (p >= before.n_planes) {
+            break;
+        }
+        Z under[4] = {0, 0, 0, 0};
+        multiply_plane(job, before, p, under);
+        const bd_view view = bd_look(job, walk, job.plan.few, segment, column);
+        bd_sum_shares<4>(buffer, walk.split, view.tile.share, under);
+        if (view.tile.share == 0 && t < view.n_rows) {
+            bd_add_row_term(job, view, p, t, under, kept);
+        }
+    }
+    const bd_view view = bd_look(job, walk, job.plan.few, segment, column);
+    if (view.tile.share == 0 && t < view.n_rows) {
+        bd_finish_row(job.parts[view.tile.part], job.plan.batch[view.place + t], view.n, kept,
+                      view.n_planes > 0, bd_is_row_lost(job, view, t));
+    }
+}
+
+/* Z: uint32_t where z fits int32 for every K of the job, else unsigned long long. Tiles of a segment run
+ * fastest: signs are read in order. */
+template <typename Z>
+__global__ void
+__launch_bounds__(BD_TILE_THREADS, 2) multiply_few(const bd_linear_job job)
+{
+    BD_SHARED(Z, buffer); /* 4 a thread, then 4 sums a thread */
     const bd_walk walk = bd_plan_walk(job, job.plan.counts[0]);
-    const int64_t n_tiles = static_cast<int64_t>(walk.n_segments) * walk.n_columns_of_tiles;
-    for (int64_t index = blockIdx.x; index < n_tiles; index += gridDim.x) {
-        const int4 segment = job.plan.few[index / walk.n_columns_of_tiles];
-        const int column = static_cast<int>(index % walk.n_columns_of_tiles);
-        run_tile<Z>(job, walk, segment, bd_find_tile(job, walk, column), buffer);
+    int segment = 0, column = static_cast<int>(blockIdx.x);
+    for (;; column += static_cast<int>(gridDim.x)) {
+        for (; column >= walk.n_columns_of_tiles; column -= walk.n_columns_of_tiles) {
+            segment++;
+        }
+        if (segment >= walk.n_segments) {
+            return;
+        }
+        run_tile<Z>(job, walk, segment, column, buffer);
     }
 }
 
@@ -154,9 +167,11 @@ bd_status
 bd_launch_decode(const bd_cuda_context *ctx, const bd_linear_job *job)
 {
     const dim3 grid(static_cast<unsigned>(2 * ctx->n_processors)), block(BD_TILE_THREADS);
-    const size_t n_values = 4 * BD_TILE_THREADS;
+    const size_t n_values = 4 * BD_TILE_THREADS, sums_bytes = n_values * sizeof(float);
     if (job->K <= 65535) {
-        return BD_LAUNCH(multiply_few<uint32_t>, grid, block, n_values * 4, ctx->stream, *job);
+        return BD_LAUNCH(multiply_few<uint32_t>, grid, block, n_values * 4 + sums_bytes,
+                         ctx->stream, *job);
     }
-    return BD_LAUNCH(multiply_few<unsigned long long>, grid, block, n_values * 8, ctx->stream, *job);
+    return BD_LAUNCH(multiply_few<unsigned long long>, grid, block, n_values * 8 + sums_bytes,
+                     ctx->stream, *job);
 }

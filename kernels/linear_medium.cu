@@ -13,13 +13,20 @@
 #include "linear.h"
 #include "pieces.h"
 
+#if defined(BD_EMULATE)
+#define UNROLL_BY(n)
+#else
+#define PRAGMA(text) _Pragma(#text)
+#define UNROLL_BY(n) PRAGMA(unroll(n))
+#endif
+
 namespace
 {
 
 /* Products of 8 B rows with a pair of strips: c[b][2 i + piece], piece 0 high, 1 low. */
 template <int B>
 __device__ __forceinline__ void
-multiply(const uint4 *signs, const uint4 *pieces, int64_t block_units, const bd_tile &tile,
+multiply(const uint4 *signs, const uint4 *pieces, int block_units, const bd_tile &tile,
          int c[B][4][4])
 {
     BD_UNROLL
@@ -29,12 +36,21 @@ multiply(const uint4 *signs, const uint4 *pieces, int64_t block_units, const bd_
             c[b][i][0] = c[b][i][1] = c[b][i][2] = c[b][i][3] = 0;
         }
     }
-    uint4 next[2];
-    bd_load_signs(signs, tile.first_group, tile.end_group, next);
+    constexpr bool LOADS_AHEAD =
+        B < 4; /* 32 rows leave no registers, and memory is not their bound */
+    uint4 line[2], next[2];
+    if (LOADS_AHEAD) {
+        bd_load_signs(signs, tile.first_group, tile.end_group, next);
+    }
     for (int group = tile.first_group; group < tile.end_group; group++) {
-        const uint4 line[2] = {next[0], next[1]};
-        bd_load_signs(signs, group + 1, tile.end_group, next);
-        BD_UNROLL
+        if (LOADS_AHEAD) {
+            line[0] = next[0];
+            line[1] = next[1];
+            bd_load_signs(signs, group + 1, tile.end_group, next);
+        } else {
+            bd_load_signs(signs, group, tile.end_group, line);
+        }
+        UNROLL_BY(B == 1 ? 8 : 1) /* with more rows, unrolled loops spill */
         for (int i = 0; i < 8; i++) {
             const unsigned ones = 0x01010101u;
             const unsigned a0[4] = {line[0].x >> i & ones, line[0].y >> i & ones,
@@ -43,9 +59,8 @@ multiply(const uint4 *signs, const uint4 *pieces, int64_t block_units, const bd_
                                     line[1].z >> i & ones, line[1].w >> i & ones};
             BD_UNROLL
             for (int b = 0; b < B; b++) {
-                const uint4 piece =
-                    __ldg(pieces + b * block_units +
-                          (group * BD_GROUP_UNITS + i * 4) * BD_ROW_BLOCK);
+                const uint4 piece = __ldg(pieces + b * block_units +
+                                          (group * BD_GROUP_UNITS + i * 4) * BD_ROW_BLOCK);
                 const unsigned high[2] = {piece.x, piece.y}, low[2] = {piece.z, piece.w};
                 bd_mma_u8s8(c[b][0], a0, high);
                 bd_mma_u8u8(c[b][1], a0, low);
@@ -56,109 +71,96 @@ multiply(const uint4 *signs, const uint4 *pieces, int64_t block_units, const bd_
     }
 }
 
-/* What the warps of a tile work on. */
-struct task {
-    const bd_linear_job *job;
-    const bd_cuda_part *part;
-    const bd_cuda_delta *delta;
-    int p, n_rows;
-    int64_t at; /* of the segment's first row, among scales */
-    int64_t n;  /* first output row of this lane */
-};
+/* Sums of up to 8 B rows with a plane's signs, as c of multiply. */
+template <int B>
+__device__ __forceinline__ void
+multiply_plane(const bd_linear_job &job, const bd_view &view, int p, int c[B][4][4])
+{
+    const int row_units = job.quantized.n_groups * BD_GROUP_UNITS;
+    const uint4 *pieces =
+        job.quantized.units + bd_scale_index(job, view, p) * row_units + threadIdx.x % 32;
+    multiply<B>(bd_lane_signs(view.delta, p, job.parts[view.tile.part].N, job.quantized.n_groups,
+                              view.tile.pair),
+                pieces, row_units * BD_ROW_BLOCK, view.tile, c);
+}
 
 /* One plane of up to 8 B rows. Lane 4 g + t has rows 2t and 2t + 1 of each block of 8, and output rows
  * 4 (g % 4) .. + 3 of strip g / 4; sums: [4 B rows of a lane x 4][threads], in shared memory. */
 template <int B, typename Z>
 __device__ __forceinline__ void
-add_plane(const task &task, const bd_walk &walk, const bd_tile &tile, Z *buffer, float *sums)
+add_plane(const bd_linear_job &job, const bd_walk &walk, int segment, int column, int p, Z *buffer,
+          float *sums)
 {
-    const bd_quantized &quantized = task.job->quantized;
     const int thread = static_cast<int>(threadIdx.x), t = thread % 4;
-    const int64_t row_units = static_cast<int64_t>(quantized.n_groups) * BD_GROUP_UNITS;
     int c[B][4][4];
-    multiply<B>(bd_lane_signs(*task.delta, task.p, task.part->N, quantized.n_groups, tile.pair),
-                quantized.units + task.at * row_units + thread % 32, row_units * BD_ROW_BLOCK, tile, c);
+    multiply_plane<B>(job, bd_look(job, walk, job.plan.many, segment, column), p, c);
     BD_UNROLL
     for (int b = 0; b < B; b++) {
+        const bd_view view = bd_look(job, walk, job.plan.many, segment, column);
         Z under[8];
         BD_UNROLL
         for (int i = 0; i < 8; i++) { /* rows 2t and 2t + 1, four outputs each */
             const int product = i % 4 / 2 * 2, element = i % 2 * 2 + i / 4;
             under[i] = bd_join_pieces<Z>(c[b][product][element], c[b][product + 1][element]);
         }
-        bd_sum_shares<8>(buffer, walk.split, tile.share, under);
+        bd_sum_shares<8>(buffer, walk.split, view.tile.share, under);
         BD_UNROLL
         for (int r = 0; r < 2; r++) {
             const int row = b * BD_ROW_BLOCK + 2 * t + r;
-            if (tile.share == 0 && row < task.n_rows) {
-                float sum[4] = {0, 0, 0, 0};
-                float *kept = sums + (b * 8 + r * 4) * BD_TILE_THREADS + thread;
-                BD_UNROLL
-                for (int i = 0; task.p > 0 && i < 4; i++) {
-                    sum[i] = kept[i * BD_TILE_THREADS];
-                }
-                bd_add_term(under + 4 * r, quantized.scales[task.at + row],
-                            task.delta->row + task.p * task.part->N, task.n, task.part->N,
-                            task.p == 0, sum);
-                BD_UNROLL
-                for (int i = 0; i < 4; i++) {
-                    kept[i * BD_TILE_THREADS] = sum[i];
-                }
+            if (view.tile.share == 0 && row < view.n_rows) {
+                bd_add_row_term(job, view, p, row, under + 4 * r,
+                                sums + (b * 8 + r * 4) * BD_TILE_THREADS + thread);
             }
         }
     }
 }
 
 template <typename Z>
-__device__ void
-run_tile(const bd_linear_job &job, const bd_walk &walk, const int4 segment, const bd_tile &tile,
-         Z *buffer, float *sums)
+__device__ __forceinline__ void
+run_tile(const bd_linear_job &job, const bd_walk &walk, int segment, int column, Z *buffer,
+         float *sums)
 {
-    const int thread = static_cast<int>(threadIdx.x), g = thread % 32 / 4, t = thread % 4;
-    const bd_cuda_part &part = job.parts[tile.part];
-    const bd_cuda_delta delta = part.deltas[segment.x];
-    const int is_lost = bd_is_lost(delta, job.max_planes, job.has_columns);
-    const int n_planes = is_lost ? 0 : static_cast<int>(delta.P);
-    const int64_t n = static_cast<int64_t>(tile.pair) * BD_PAIR_ROWS + g / 4 * BD_STRIP_ROWS + g % 4 * 4;
-    for (int p = 0; p < n_planes; p++) {
-        const int which = bd_prepared_index(delta, tile.part, p, job.max_planes, job.has_columns);
-        const task task = {&job, &part, &delta, p, segment.z,
-                           which * job.quantized.n_places + segment.y, n};
-        if (segment.z <= BD_ROW_BLOCK) {
-            add_plane<1>(task, walk, tile, buffer, sums);
-        } else if (segment.z <= 2 * BD_ROW_BLOCK) {
-            add_plane<2>(task, walk, tile, buffer, sums);
+    const int thread = static_cast<int>(threadIdx.x), t = thread % 4;
+    for (int p = 0;; p++) {
+        const bd_view view = bd_look(job, walk, job.plan.many, segment, column);
+        if (p >= view.n_planes) {
+            break;
+        }
+        if (view.n_rows <= BD_ROW_BLOCK) {
+            add_plane<1>(job, walk, segment, column, p, buffer, sums);
+        } else if (view.n_rows <= 2 * BD_ROW_BLOCK) {
+            add_plane<2>(job, walk, segment, column, p, buffer, sums);
         } else {
-            add_plane<4>(task, walk, tile, buffer, sums);
+            add_plane<4>(job, walk, segment, column, p, buffer, sums);
         }
     }
-    for (int row = 2 * t; tile.share == 0 && n < part.N && row < segment.z;
+    const bd_view view = bd_look(job, walk, job.plan.many, segment, column);
+    for (int row = 2 * t; view.tile.share == 0 && row < view.n_rows;
          row += row % 2 == 0 ? 1 : BD_ROW_BLOCK - 1) {
         const int at = row / BD_ROW_BLOCK * 8 + row % 2 * 4;
-        float sum[4] = {0, 0, 0, 0};
-        BD_UNROLL
-        for (int i = 0; n_planes > 0 && i < 4; i++) {
-            sum[i] = sums[(at + i) * BD_TILE_THREADS + thread];
-        }
-        const int64_t place = segment.y + row;
-        bd_finish_row(part, job.plan.batch[place], n, sum, n_planes > 0,
-                      is_lost | bd_is_row_lost(job, delta, tile.part, n_planes, place));
+        bd_finish_row(job.parts[view.tile.part], job.plan.batch[view.place + row], view.n,
+                      sums + at * BD_TILE_THREADS + thread, view.n_planes > 0,
+                      bd_is_row_lost(job, view, row));
     }
 }
 
 /* Segments run fastest: blocks that work at the same time share signs, which then come from the L2. */
 template <typename Z>
-__global__ void __launch_bounds__(BD_TILE_THREADS, 2)
-multiply_many(const bd_linear_job job)
+__global__ void
+__launch_bounds__(BD_TILE_THREADS, 2) multiply_many(const bd_linear_job job)
 {
-    BD_SHARED(Z, buffer); /* 8 a thread */
+    BD_SHARED(Z, buffer);                                                        /* 8 a thread */
     float *const sums = reinterpret_cast<float *>(buffer + 8 * BD_TILE_THREADS); /* 32 a thread */
     const bd_walk walk = bd_plan_walk(job, job.plan.counts[1]);
-    const int64_t n_tiles = static_cast<int64_t>(walk.n_segments) * walk.n_columns_of_tiles;
-    for (int64_t index = blockIdx.x; index < n_tiles; index += gridDim.x) {
-        const int4 segment = job.plan.many[index % walk.n_segments];
-        const int column = static_cast<int>(index / walk.n_segments);
-        run_tile<Z>(job, walk, segment, bd_find_tile(job, walk, column), buffer, sums);
+    int column = 0, segment = static_cast<int>(blockIdx.x);
+    for (; walk.n_segments > 0; segment += static_cast<int>(gridDim.x)) {
+        for (; segment >= walk.n_segments; segment -= walk.n_segments) {
+            column++;
+        }
+        if (column >= walk.n_columns_of_tiles) {
+            return;
+        }
+        run_tile<Z>(job, walk, segment, column, buffer, sums);
     }
 }
 
@@ -171,8 +173,8 @@ bd_launch_medium(const bd_cuda_context *ctx, const bd_linear_job *job)
     const size_t sums_bytes = BD_MANY_ROWS * BD_TILE_THREADS * sizeof(float);
     const size_t n_values = 8 * BD_TILE_THREADS;
     if (job->K <= 65535) {
-        return BD_LAUNCH(multiply_many<uint32_t>, grid, block, n_values * 4 + sums_bytes, ctx->stream,
-                         *job);
+        return BD_LAUNCH(multiply_many<uint32_t>, grid, block, n_values * 4 + sums_bytes,
+                         ctx->stream, *job);
     }
     return BD_LAUNCH(multiply_many<unsigned long long>, grid, block, n_values * 8 + sums_bytes,
                      ctx->stream, *job);

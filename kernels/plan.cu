@@ -13,7 +13,7 @@ enum { THREADS = 256, WARPS = THREADS / 32 };
 
 struct counters {
     int *count, *place, *segment, *cursor; /* [T + 2] each; cursor: rows placed so far */
-    int *rows, *places, *few, *many;       /* [THREADS]: sums of the slots of a thread, then before it */
+    int *rows, *places, *few, *many; /* [THREADS]: sums of the slots of a thread, then before it */
 };
 
 __device__ int
@@ -123,8 +123,9 @@ place_row(const counters &own, int m, int slot, int index, int few_rows, const b
     }
 }
 
-__global__ void __launch_bounds__(THREADS)
-group_rows(const int64_t *tenant_ids, int M, int T, int few_rows, bd_plan plan)
+__global__ void
+__launch_bounds__(THREADS)
+    group_rows(const int64_t *tenant_ids, int M, int T, int few_rows, bd_plan plan)
 {
     BD_SHARED(int, memory);
     const int n_slots = T + 2, thread = static_cast<int>(threadIdx.x);
@@ -179,7 +180,8 @@ bd_cuda_plan_bytes(int64_t M, int64_t T)
 }
 
 extern "C" bd_status
-bd_cuda_plan(const bd_cuda_context *ctx, const int64_t *tenant_ids, int64_t M, int64_t T, void *plan)
+bd_cuda_plan(const bd_cuda_context *ctx, const int64_t *tenant_ids, int64_t M, int64_t T,
+             void *plan)
 {
     if (M < 0 || M > BD_CUDA_MAX_ROWS || T < 0 || T > BD_CUDA_MAX_TENANTS) {
         return BD_ERR_ARGUMENT;

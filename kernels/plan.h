@@ -18,9 +18,9 @@
 #define BD_NO_TENANT (-1)
 #define BD_LOST (-2) /* an id out of range: NaN */
 
-#define BD_ROW_BLOCK 8   /* columns of a tensor core's B operand */
-#define BD_FEW_ROWS 4    /* 16 bit planes each: beyond, two 8-bit pieces cost less */
-#define BD_MANY_ROWS 32  /* 64 accumulators a thread */
+#define BD_ROW_BLOCK 8  /* columns of a tensor core's B operand */
+#define BD_FEW_ROWS 4   /* 16 bit planes each: beyond, two 8-bit pieces cost less */
+#define BD_MANY_ROWS 32 /* 64 accumulators a thread */
 
 enum { BD_KIND_NONE = 0, BD_KIND_FEW = 1, BD_KIND_MANY = 2 };
 

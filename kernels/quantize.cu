@@ -27,8 +27,7 @@ struct row_source {
     const float *column;
     int64_t K;
 
-    __device__ __forceinline__ float
-    at(int64_t k) const
+    __device__ __forceinline__ float at(int64_t k) const
     {
         const float value = bd_load_as<dtype>(x, begin + k);
         return column == NULL ? value : __fmul_rn(value, __ldg(column + k));
@@ -157,8 +156,8 @@ find_column(const bd_quantize_job &job, int tenant, const float **column)
 }
 
 template <bd_dtype dtype>
-__global__ void __launch_bounds__(THREADS)
-quantize_rows(const bd_quantize_job job)
+__global__ void
+__launch_bounds__(THREADS) quantize_rows(const bd_quantize_job job)
 {
     BD_SHARED(block_state, state);
     const int4 row = job.plan.rows[blockIdx.x]; /* {row of the batch, tenant, place, kind} */
@@ -172,7 +171,8 @@ quantize_rows(const bd_quantize_job job)
     const unsigned largest = share_largest(source, state);
     if (largest < 0x7F800000u) {
         scale.exponent = exponent_of(largest);
-        const float factor = __uint_as_float(static_cast<unsigned>(127 + 15 - scale.exponent) << 23);
+        const float factor =
+            __uint_as_float(static_cast<unsigned>(127 + 15 - scale.exponent) << 23);
         const int64_t row_units = static_cast<int64_t>(out.n_groups) * BD_GROUP_UNITS;
         const int in_block = row.z % BD_ROW_BLOCK;
         int64_t total = 0;
@@ -203,8 +203,8 @@ struct plain_job {
 };
 
 template <bd_dtype dtype>
-__global__ void __launch_bounds__(THREADS)
-quantize_plain(const plain_job job)
+__global__ void
+__launch_bounds__(THREADS) quantize_plain(const plain_job job)
 {
     BD_SHARED(block_state, state);
     const int64_t row = blockIdx.x, K_padded = (job.x.n_columns + 255) / 256 * 256;

@@ -17,9 +17,9 @@
 #include "cuda.h"
 #include "plan.h"
 
-#define BD_GROUP_LINES 8                       /* lines of the signs in a group */
-#define BD_GROUP_UNITS 32                      /* of 16 bytes: a group of a row */
-#define BD_ROW_LOST INT32_MAX                  /* in place of an exponent */
+#define BD_GROUP_LINES 8      /* lines of the signs in a group */
+#define BD_GROUP_UNITS 32     /* of 16 bytes: a group of a row */
+#define BD_ROW_LOST INT32_MAX /* in place of an exponent */
 
 /* Beside a quantised row. */
 typedef struct {
@@ -30,7 +30,7 @@ typedef struct {
 /* Quantised rows of a call, [n_prepared][n_places]: one for all where no delta has a column scale, else
  * one for every part and plane. */
 typedef struct {
-    uint4 *units;        /* [n_prepared, n_places * n_groups * 32] */
+    uint4 *units;         /* [n_prepared, n_places * n_groups * 32] */
     bd_row_scale *scales; /* [n_prepared, n_places] */
     int64_t n_places;
     int n_groups, n_prepared;

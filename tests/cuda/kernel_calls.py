@@ -1,12 +1,11 @@
 """The kernels called as csrc/cuda.h says, by ctypes, on the emulation: "device memory" is NumPy's, lent for a call."""
 
-import contextlib
 import ctypes
 import dataclasses
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import POINTER, Structure, byref, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, Structure, byref, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +102,9 @@ def build(folder, sources=None, compiler="c++"):
         for source, output in zip(sources, objects, strict=True)
     ]
     with ThreadPoolExecutor(2) as pool:
-        for done in pool.map(lambda command: subprocess.run(command, capture_output=True, text=True), commands):
+        for done in pool.map(
+            lambda command: subprocess.run(command, capture_output=True, text=True), commands
+        ):
             assert done.returncode == 0, done.stderr
     library = folder / "kernels.so"
     subprocess.run(
@@ -151,7 +152,6 @@ class Kernels:
 
     def workspace(self, name, *arguments):
         n_bytes = getattr(self.library, f"bd_cuda_{name}_bytes")(*arguments)
-        memory = aligned_empty((max(1, n_bytes // 16 + 16),), np.uint32)
         memory = aligned_empty(((n_bytes + 3) // 4 + 64,), np.uint32)
         start = (-memory.ctypes.data % 256) // 4
         memory[...] = 0xA5A5A5A5
@@ -163,7 +163,13 @@ class Kernels:
         ids = np.ascontiguousarray(ids, np.int64)
         plan = self.workspace("plan", c_int64(len(ids)), c_int64(n_deltas))
         self.call(
-            "plan", pointer(ids), c_int64(len(ids)), c_int64(n_deltas), pointer(plan), reads=[ids], writes=[plan]
+            "plan",
+            pointer(ids),
+            c_int64(len(ids)),
+            c_int64(n_deltas),
+            pointer(plan),
+            reads=[ids],
+            writes=[plan],
         )
         return plan
 
