@@ -83,7 +83,10 @@ def _packed(name: str, packfile: Packfile, site: Site, base: Checkpoint) -> Tena
         is_tied = bool(finetuned.tie_word_embeddings)
     changes = changes_of(packfile, base, site, is_tied)
     head = changes.get(f"{site.head}.weight")
-    eos, pad = end_tokens(files, own, getattr(site.model, "generation_config", None))
+    generation = None
+    if "generation_config.json" in files:
+        generation = read_json(files["generation_config.json"])
+    eos, pad = end_tokens(generation, own, getattr(site.model, "generation_config", None))
     return Tenant(
         name=name,
         kind="delta",
@@ -91,6 +94,7 @@ def _packed(name: str, packfile: Packfile, site: Site, base: Checkpoint) -> Tena
         vocabulary=site.vocabulary if head is None else int(head.shape[0]),
         eos=eos,
         pad=pad,
+        generation=generation,
         modules=parts.modules,
         settings=parts.settings,
         config=changed,

@@ -50,6 +50,7 @@ class Tenant:
         config: what its config.json changes: key -> value.
         vocabulary: how many logits it has.
         eos, pad: its end and padding tokens.
+        generation: its generation_config.json; None: the base's.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Tenant:
     vocabulary: int | None
     eos: tuple[int, ...] = ()
     pad: int | None = None
+    generation: dict[str, Any] | None = None
     modules: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, dict[str, float]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)

@@ -13,13 +13,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .errors import BaseMismatchError
-from .header import read_json
 
 ROTARY = {"rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq", "rotary_emb_base"}
 EPSILON = {"rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"}
@@ -188,12 +186,10 @@ def _part(model: Any, module: Any, finetuned: Any) -> Any:
 
 
 def end_tokens(
-    folder_files: Mapping[str, Path], config: Mapping[str, Any], default: Any
+    generation: Mapping[str, Any] | None, config: Mapping[str, Any], default: Any
 ) -> tuple[tuple[int, ...], int | None]:
     """EOS tokens and the padding token: of generation_config.json, else of config.json, else the base's."""
-    found: dict[str, Any] = {}
-    if "generation_config.json" in folder_files:
-        found = read_json(folder_files["generation_config.json"])
+    found = generation or {}
     eos = found.get("eos_token_id", config.get("eos_token_id", getattr(default, "eos_token_id", None)))
     pad = found.get("pad_token_id", config.get("pad_token_id", getattr(default, "pad_token_id", None)))
     return tokens(eos), pad

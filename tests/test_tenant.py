@@ -207,6 +207,60 @@ def test_a_tenant_that_ties_its_head_runs_over_an_untied_base(tmp_path):
         assert (logits[row] - wanted).abs().max() <= 3e-4 * wanted.abs().max()
 
 
+@pytest.fixture(scope="module")
+def sampling(tmp_path_factory):
+    """Tenant 0 draws from its three best tokens, tenant 1 dislikes repetition, tenant 2 is as the base: greedy."""
+
+    def change(model, i):
+        settings = [{"do_sample": True, "top_k": 3, "temperature": 3.0}, {"repetition_penalty": 4.0}, {}]
+        for key, value in settings[i].items():
+            setattr(model.generation_config, key, value)
+        return model
+
+    return make(
+        tmp_path_factory.mktemp("sampling"), llama_config(eos_token_id=None), tenants=3, change=change
+    )
+
+
+def test_rows_are_drawn_as_their_own_tenants_generation_config_says(sampling):
+    model, ids = load(sampling, 3), tokens(4)
+    names, who = ["t1", "t0", None, "t2"], [1, 0, None, 2]
+    torch.manual_seed(0)
+    found = model.generate(ids, delta_names=names, max_new_tokens=12)
+    for row, i in enumerate(who):
+        if i != 0:
+            alone = merged(sampling, i).generate(ids[row : row + 1], max_new_tokens=12)[0]
+            assert found[row].tolist() == alone.tolist()
+    greedy = merged(sampling, 1).generate(ids[:1], max_new_tokens=12, repetition_penalty=1.0)[0]
+    assert found[0].tolist() != greedy.tolist()  # the penalty matters
+    drawn = model.generate(ids, delta_names=names, max_new_tokens=1, num_return_sequences=40)[40:80, -1]
+    with torch.no_grad():
+        best = merged(sampling, 0)(ids[1:2]).logits[0, -1].topk(3).indices
+    assert set(drawn.tolist()) == set(best.tolist())
+
+
+def test_one_tenants_rows_are_drawn_as_its_generation_config_says(sampling):
+    model, ids = load(sampling, 3), tokens(2)
+    torch.manual_seed(0)
+    found = model.generate(ids, delta_names="t0", max_new_tokens=8)
+    torch.manual_seed(0)
+    assert found.tolist() == merged(sampling, 0).generate(ids, max_new_tokens=8).tolist()
+
+
+def test_what_the_caller_gives_is_for_all_rows(sampling):
+    model, ids = load(sampling, 3), tokens(3)
+    names, who = ["t0", "t1", None], [0, 1, None]
+    options = {"max_new_tokens": 8, "do_sample": False, "repetition_penalty": 2.0}
+    config = transformers.GenerationConfig(**options, pad_token_id=0)
+    for found in (
+        model.generate(ids, delta_names=names, **options),
+        model.generate(ids, delta_names=names, generation_config=config),
+    ):
+        for row, i in enumerate(who):
+            alone = merged(sampling, i).generate(ids[row : row + 1], **options)[0]
+            assert found[row].tolist() == alone.tolist()
+
+
 def tenant(name):
     return lambda: Tenant(name, "delta", {}, None)
 
