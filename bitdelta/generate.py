@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from .batch import Batch
+from .errors import Error
 from .tenant_config import tokens
 
 if TYPE_CHECKING:
@@ -80,6 +81,23 @@ class RowSampling(LogitsProcessor):  # type: ignore[misc]
         return out
 
 
+class RefuseNaN(LogitsProcessor):  # type: ignore[misc]
+    """Rows whose logits are not numbers have no next token: an error that names the first."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.ids = batch.ids
+        self.names = [tenant.name for tenant in batch.tenants]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        wrong = scores.isnan().any(-1).nonzero()
+        if len(wrong):
+            row = int(wrong[0]) // (len(scores) // len(self.ids))
+            tenant = self.ids[row]
+            name = "the base" if tenant < 0 else self.names[tenant]
+            raise Error(f"row {row} ({name}): NaN in its logits at token {input_ids.shape[1]}")
+        return scores
+
+
 def _processors(own: Mapping[str, Any]) -> LogitsProcessorList:
     """In transformers' order."""
     made = LogitsProcessorList()
@@ -108,6 +126,9 @@ def generate(model: DeltaModel, names: Any, *args: Any, **kwargs: Any) -> Any:
         config = given or model.model.generation_config
         kwargs |= _sampling(batch, config, kwargs, is_given=given is not None)
         config = kwargs.get("generation_config") or config
+        kwargs["logits_processor"] = LogitsProcessorList(
+            [RefuseNaN(batch), *kwargs.get("logits_processor", ())]
+        )
         ends, pads = _ends(batch, config, kwargs)
         if len(set(ends)) == 1 and len(set(pads)) == 1:
             kwargs |= {"eos_token_id": list(ends[0]) or None, "pad_token_id": pads[0]}

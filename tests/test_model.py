@@ -154,11 +154,56 @@ def test_wrong_input_is_refused_by_name_and_the_model_goes_on(llama):
 
 
 def test_the_delta_of_another_base_is_refused(llama, tmp_path):
-    root, model, _ = llama
+    root, model, plain = llama
     make(tmp_path, llama_config(), tenants=1, seed=5)
     with pytest.raises(BaseMismatchError, match=r"weight: .* (has other values|has no such tensor)"):
         model.load_delta("other", tmp_path / "delta-0")
     assert model.deltas == ["t0", "t1"]
+    with torch.no_grad():
+        assert_near(model(tokens(1), delta_names=["t0"]).logits, plain[0](tokens(1)).logits)
+
+
+@torch.no_grad()
+def test_a_tenant_of_a_running_batch_is_not_unloaded(llama):
+    root, _, _ = llama
+    model, ids = load(root), tokens(2)
+    before = model(ids, delta_names=["t0", "t1"]).logits
+    with model.batch(["t0", None], 2):
+        with pytest.raises(Error, match="t0: a batch is running with it"):
+            model.unload_delta("t0")
+        model.unload_delta("t1")
+    model.load_delta("t1", root / "delta-1")
+    assert torch.equal(model(ids, delta_names=["t0", "t1"]).logits, before)
+    model.unload_delta("t0")
+    assert model.deltas == ["t1"]
+
+
+@torch.no_grad()
+def test_nan_stays_in_its_row_and_generate_names_it(llama):
+    _, model, _ = llama
+    x, names = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(1)), ["t1", "t0", None]
+    wanted = model(inputs_embeds=x, delta_names=names).logits
+    bad = x.clone()
+    bad[1, 2, 3] = torch.nan
+    found = model(inputs_embeds=bad, delta_names=names).logits
+    assert found[1, 2:].isnan().all() and torch.equal(found[[0, 2]], wanted[[0, 2]])
+    with pytest.raises(Error, match=r"row 1 \(t0\): NaN in its logits"):
+        model.generate(inputs_embeds=bad, delta_names=names, max_new_tokens=2, num_return_sequences=1)
+    assert torch.equal(model(inputs_embeds=x, delta_names=names).logits, wanted)
+
+
+@torch.no_grad()
+def test_a_module_that_cannot_run_rows_of_several_tenants_is_refused_by_name(tmp_path):
+    config = transformers.GptOssConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, max_position_embeddings=64,
+    )  # fmt: skip
+    make(tmp_path, config, transformers.GptOssForCausalLM, tenants=1)
+    model, ids = load(tmp_path, 0), tokens(2)
+    with pytest.raises(Error, match="self_attn: GptOssAttention holds changed parameters itself and takes"):
+        model.load_delta("t0", tmp_path / "delta-0")
+    assert model.deltas == []
+    assert torch.equal(model(ids).logits, merged(tmp_path, None)(ids).logits)
 
 
 @torch.no_grad()

@@ -50,6 +50,9 @@ def measure(
     shape: str, layers: int, tenants: int, quick: bool, log: Log
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The machine's limits, and rows of kind merged, deltas, lora, peft, base rows, plain and load."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="bitdelta-bench-") as folder:
         root = Path(folder)
         check(root / "check", log)
