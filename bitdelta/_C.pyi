@@ -59,6 +59,14 @@ def fit_signs(
     sign: Tensor,  # out: uint32 [P, S, L, 16], 64-byte aligned
     /,
 ) -> None: ...
+def sweep(
+    pull: Tensor,  # in and out: fp32 [N, K], (finetuned - base - delta) H
+    hessian: Tensor,  # H: fp32 [K, K], or its diagonal [K]
+    row: Tensor,  # fp32 [P, N]
+    column: Tensor | None,  # fp32 [P, K]
+    sign: Tensor,  # in and out: uint32 [P, S, L, 16], 64-byte aligned
+    /,
+) -> None: ...
 def linear(
     out: Tensor,  # [M, N]
     x: Tensor,  # [M, K]

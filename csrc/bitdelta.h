@@ -140,6 +140,24 @@ typedef struct {
  * last plane's counting first; e[k] = fp32(d[k] - level). */
 bd_status bd_fit_signs(const bd_context *ctx, const bd_fit_args *args);
 
+/* sweep.c: the same, column after column. */
+
+typedef struct {
+    float *pull;          /* fp32 [N, K]: G = (D - Q) H, and what it becomes */
+    const float *hessian; /* H = X^T X: fp32 [K, K], or [K] when it is diagonal; diagonal > 0 */
+    int is_diagonal;
+    int64_t N, K;
+    int P;
+    const float *row;    /* [P, N] */
+    const float *column; /* [P, K], or NULL for 1 */
+    uint32_t *sign;      /* in and out: [P, S, L, 16] */
+} bd_sweep_args;
+
+/* Columns 0 .. K - 1 of every row: want = q + fp32(G[k] / H[k, k]), q the level of the signs as they are; the
+ * level nearest to want is chosen as in bd_fit_signs; where it is nearer than fp32(|want - q| * 0.9999f),
+ * the signs become its and G -= fp32(fp32(level - q) * H[k]), all in fp32. */
+bd_status bd_sweep(const bd_context *ctx, const bd_sweep_args *args);
+
 /* linear.c: products. */
 
 typedef struct {

@@ -3,72 +3,39 @@
  * H = X^T X = V diag V^T, V unit upper triangular, in the order in which columns are visited, so
  *     ||X (D - Q)^T||^2 = sum_n sum_k diag[k] (d[n, k] - q[n, k] + sum_{j<k} V[j, k] (d - q)[n, j])^2
  * and column after column q takes the level nearest to r = d + sum V (d - q): the error feedback of
- * GPTQ (arXiv 2210.17323), which needs no inverse in this form. Rows are independent: a task is one
- * strip of 16, its columns' errors stay in cache. The order of every sum is fixed: j ascending. */
+ * GPTQ (arXiv 2210.17323), which needs no inverse in this form. Rows are independent: a task is a few
+ * strips of 16. The order of every sum is fixed: j ascending. */
 #include <stdlib.h>
 #include <string.h>
 
-#include "dtype.h"
+#include "calibrate.h"
 #include "float_state.h"
 #include "kernels.h"
 #include "pool.h"
 
-enum { STRIP = BD_STRIP_ROWS, MAX_LEVELS = 1 << BD_MAX_PLANES, GROUP = BD_FEEDBACK_COLUMNS };
+enum {
+    STRIP = BD_STRIP_ROWS,
+    GROUP = BD_FEEDBACK_COLUMNS,
+    TILE = 2,    /* strips of a task: what is read of the factor serves all of them */
+    BLOCK = 64,  /* columns whose feedback from the columns before is summed first */
+    ERRORS = 128 /* of a strip at a time: 8 KB, which stay in L1 */
+};
 
 typedef struct {
     const bd_kernels *kernels;
     const bd_fit_args *args;
+    bd_scales scales;
     int64_t N, K, n_lines, plane_words;
-    char *scratch; /* [workers, scratch_bytes] */
+    char *scratch; /* [workers, scratch_bytes]: a `space`, then its errors */
     int64_t scratch_bytes;
 } fit;
 
-/* Levels of 16 rows at column k: the planes' terms summed in order, as bd_expand does; bit p of the
- * index is plane p's sign. */
-static void
-fill_levels(const fit *fit, int64_t first_row, int64_t k, float (*levels)[STRIP])
-{
-    const bd_fit_args *args = fit->args;
-    for (int p = 0; p < args->P; p++) {
-        for (int64_t i = 0; i < STRIP; i++) {
-            const int64_t n = first_row + i < fit->N ? first_row + i : fit->N - 1;
-            const float row = args->row[p * fit->N + n];
-            const float scale = args->column == NULL ? row : row * args->column[p * fit->K + k];
-            for (int c = (1 << p) - 1; c >= 0; c--) { /* downwards: level c itself is used last */
-                const float before = levels[c][i];
-                levels[c | 1 << p][i] = p == 0 ? scale : before + scale;
-                levels[c][i] = p == 0 ? -scale : before - scale;
-            }
-        }
-    }
-}
-
-/* e = d, r = what is wanted: the nearest level, of equal ones that with the highest index, to
- * codes; e becomes d - level. */
-static void
-choose(int n_levels, float (*levels)[STRIP], const float *r, float *e, int32_t *codes)
-{
-    float best[STRIP], chosen[STRIP];
-    for (int i = 0; i < STRIP; i++) {
-        const float level = levels[n_levels - 1][i], away = r[i] - level;
-        best[i] = away < 0 ? -away : away;
-        chosen[i] = level;
-        codes[i] = n_levels - 1;
-    }
-    for (int c = n_levels - 2; c >= 0; c--) {
-        for (int i = 0; i < STRIP; i++) {
-            const float level = levels[c][i], away = r[i] - level;
-            const float distance = away < 0 ? -away : away;
-            const int is_nearer = distance < best[i];
-            best[i] = is_nearer ? distance : best[i];
-            chosen[i] = is_nearer ? level : chosen[i];
-            codes[i] = is_nearer ? c : codes[i];
-        }
-    }
-    for (int i = 0; i < STRIP; i++) {
-        e[i] -= chosen[i];
-    }
-}
+/* A worker's own, for one tile. */
+typedef struct {
+    bd_lanes levels[TILE][BD_MAX_LEVELS];
+    bd_lanes wanted[TILE][BLOCK]; /* r */
+    bd_lanes errors[];            /* e: [TILE, K], d before its turn comes */
+} space;
 
 /* The bits of column k of a strip, for its rows below N. */
 static void
@@ -97,41 +64,78 @@ gather(const fit *fit, int64_t s, float *e)
     }
 }
 
+/* wanted = d + what the columns before the block feed back. */
 static void
-strip_task(void *argument, int64_t s, int worker)
+feed_block(const fit *fit, int64_t n_strips, int64_t begin, int64_t n, space *space)
+{
+    const float *factor = fit->args->factor;
+    for (int64_t t = 0; t < n_strips; t++) {
+        memcpy(space->wanted[t], space->errors + t * fit->K + begin, (size_t)n * sizeof(bd_lanes));
+    }
+    for (int64_t j = 0; factor != NULL && j < begin; j += ERRORS) {
+        const int64_t n_errors = begin - j < ERRORS ? begin - j : ERRORS;
+        for (int64_t t = 0; t < n_strips; t++) {
+            for (int64_t c = 0; c < n; c += GROUP) {
+                fit->kernels->feedback(factor + (begin + c) * fit->K + j, fit->K,
+                                       n - c < GROUP ? n - c : GROUP, space->errors[t * fit->K + j],
+                                       n_errors, space->wanted[t][c]);
+            }
+        }
+    }
+}
+
+/* The block's columns of one strip, each after those before it in the block. */
+static void
+choose_block(const fit *fit, int64_t s, int64_t t, int64_t begin, int64_t n, space *space)
+{
+    const bd_fit_args *args = fit->args;
+    bd_lanes *levels = space->levels[t], *errors = space->errors + t * fit->K + begin;
+    for (int64_t c = 0; c < n; c++) {
+        float *r = space->wanted[t][c];
+        const float *factor =
+            args->factor + (args->factor == NULL ? 0 : (begin + c) * fit->K + begin);
+        if (args->factor != NULL && c % GROUP == 0) {
+            fit->kernels->feedback(factor, fit->K, n - c < GROUP ? n - c : GROUP, errors[0], c, r);
+        }
+        for (int64_t j = c / GROUP * GROUP; args->factor != NULL && j < c; j++) {
+            for (int i = 0; i < STRIP; i++) {
+                r[i] += factor[j] * errors[j][i];
+            }
+        }
+        bd_lanes chosen;
+        int32_t codes[STRIP];
+        const int64_t k = args->order[begin + c];
+        if (args->column != NULL || begin + c == 0) {
+            bd_fill_levels(&fit->scales, s * STRIP, k, levels);
+        }
+        bd_choose(1 << args->P, levels, r, chosen, codes);
+        for (int i = 0; i < STRIP; i++) {
+            errors[c][i] -= chosen[i];
+        }
+        store_bits(fit, s, k, codes);
+    }
+}
+
+static void
+tile_task(void *argument, int64_t tile, int worker)
 {
     const fit *fit = argument;
-    const bd_fit_args *args = fit->args;
-    const int64_t K = fit->K;
-    float (*levels)[STRIP] = (void *)(fit->scratch + worker * fit->scratch_bytes);
-    float *e = levels[MAX_LEVELS];
+    space *space = (void *)(fit->scratch + worker * fit->scratch_bytes);
+    const int64_t first = tile * TILE, n_left = bd_n_strips(fit->N) - first;
+    const int64_t n_strips = n_left < TILE ? n_left : TILE;
     const bd_float_state saved = bd_set_float_state();
-    gather(fit, s, e);
-    for (int p = 0; p < args->P; p++) {
-        memset(args->sign + p * fit->plane_words + s * fit->n_lines * STRIP, 0,
-               (size_t)(fit->n_lines * STRIP) * sizeof *args->sign);
-    }
-    for (int64_t k = 0; k < K; k += GROUP) {
-        float r[GROUP * STRIP] = {0};
-        const int64_t n = K - k < GROUP ? K - k : GROUP;
-        memcpy(r, e + k * STRIP, (size_t)(n * STRIP) * sizeof *r);
-        if (args->factor != NULL) {
-            fit->kernels->feedback(args->factor + k * K, K, n, e, k, r);
+    for (int64_t t = 0; t < n_strips; t++) {
+        gather(fit, first + t, space->errors[t * fit->K]);
+        for (int p = 0; p < fit->args->P; p++) {
+            memset(fit->args->sign + p * fit->plane_words + (first + t) * fit->n_lines * STRIP, 0,
+                   (size_t)(fit->n_lines * STRIP) * sizeof *fit->args->sign);
         }
-        for (int64_t c = 0; c < n; c++) {
-            int32_t codes[STRIP];
-            for (int64_t j = k; args->factor != NULL && j < k + c; j++) {
-                const float factor = args->factor[(k + c) * K + j];
-                for (int i = 0; i < STRIP; i++) {
-                    r[c * STRIP + i] += factor * e[j * STRIP + i];
-                }
-            }
-            const int64_t column = args->order[k + c];
-            if (args->column != NULL || k + c == 0) {
-                fill_levels(fit, s * STRIP, column, levels);
-            }
-            choose(1 << args->P, levels, r + c * STRIP, e + (k + c) * STRIP, codes);
-            store_bits(fit, s, column, codes);
+    }
+    for (int64_t k = 0; k < fit->K; k += BLOCK) {
+        const int64_t n = fit->K - k < BLOCK ? fit->K - k : BLOCK;
+        feed_block(fit, n_strips, k, n, space);
+        for (int64_t t = 0; t < n_strips; t++) {
+            choose_block(fit, first + t, t, k, n, space);
         }
     }
     bd_restore_float_state(saved);
@@ -143,11 +147,12 @@ bd_fit_signs(const bd_context *ctx, const bd_fit_args *args)
     const int64_t N = args->d->n_rows, K = args->d->n_columns;
     fit fit = {.kernels = ctx->kernels,
                .args = args,
+               .scales = {args->row, args->column, N, K, args->P},
                .N = N,
                .K = K,
                .n_lines = bd_n_lines(K),
                .plane_words = bd_plane_words(N, K),
-               .scratch_bytes = (MAX_LEVELS + K) * STRIP * (int64_t)sizeof(float)};
+               .scratch_bytes = (int64_t)sizeof(space) + TILE * K * (int64_t)sizeof(bd_lanes)};
     for (int64_t k = 0; k < K; k++) {
         if (args->order[k] < 0 || args->order[k] >= K) {
             return BD_ERR_ARGUMENT;
@@ -158,7 +163,7 @@ bd_fit_signs(const bd_context *ctx, const bd_fit_args *args)
         return BD_ERR_MEMORY;
     }
     fit.scratch = (void *)(((uintptr_t)allocated + 63) / 64 * 64);
-    bd_parallel(ctx->pool, bd_n_strips(N), strip_task, &fit);
+    bd_parallel(ctx->pool, (bd_n_strips(N) + TILE - 1) / TILE, tile_task, &fit);
     free(allocated);
     return BD_OK;
 }

@@ -1,5 +1,5 @@
-/* calibrate_avx2.c - AVX2 inner loop of bd_fit_signs. Products and sums round apart, as in the
- * scalar one, so the bits are the same. */
+/* calibrate_avx2.c - AVX2 inner loops of bd_fit_signs and bd_sweep. Products and sums round apart, as in
+ * the scalar ones, so the bits are the same. */
 #include "delta_avx2.h"
 
 #if defined(__x86_64__)
@@ -51,12 +51,43 @@ feedback(const float *factor, int64_t stride, int64_t n_columns, const float *e,
     }
 }
 
+/* 64 columns at a time stay in registers while the rows are taken from them. */
+static void
+take_rows(float *g, int64_t n, const float *h, int64_t stride, const int32_t *rows,
+          const float *change, int64_t n_rows)
+{
+    enum { VECTORS = 8 };
+    int64_t c = 0;
+    for (; n_rows > 0 && c + 8 * VECTORS <= n; c += 8 * VECTORS) {
+        __m256 sum[VECTORS];
+        for (int v = 0; v < VECTORS; v++) {
+            sum[v] = _mm256_loadu_ps(g + c + 8 * v);
+        }
+        for (int64_t m = 0; m < n_rows; m++) {
+            const float *row = h + rows[m] * stride + c;
+            const __m256 factor = _mm256_broadcast_ss(change + m);
+            for (int v = 0; v < VECTORS; v++) {
+                sum[v] = _mm256_sub_ps(sum[v], _mm256_mul_ps(factor, _mm256_loadu_ps(row + 8 * v)));
+            }
+        }
+        for (int v = 0; v < VECTORS; v++) {
+            _mm256_storeu_ps(g + c + 8 * v, sum[v]);
+        }
+    }
+    for (; c < n; c++) {
+        for (int64_t m = 0; m < n_rows; m++) {
+            g[c] -= change[m] * h[rows[m] * stride + c];
+        }
+    }
+}
+
 AVX2_END
 
 void
 bd_fill_avx2_calibrate(bd_kernels *table)
 {
     table->feedback = feedback;
+    table->take_rows = take_rows;
 }
 
 #endif

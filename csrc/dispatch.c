@@ -95,6 +95,7 @@ fill_generic(bd_kernels *table)
     bd_fill_generic_linear(table);
     bd_fill_generic_delta(table);
     bd_fill_generic_calibrate(table);
+    bd_fill_generic_sweep(table);
 }
 
 static void

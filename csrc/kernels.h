@@ -91,6 +91,11 @@ struct bd_kernels {
     void (*feedback)(const float *factor, int64_t stride, int64_t n_columns, const float *e,
                      int64_t n, float *r);
 
+    /* g[c] -= change[m] * h[rows[m] * stride + c], m < n_rows ascending, product and difference rounded
+     * apart, c < n. */
+    void (*take_rows)(float *g, int64_t n, const float *h, int64_t stride, const int32_t *rows,
+                      const float *change, int64_t n_rows);
+
     /* out[i] = fp32(data[i]), i < n. */
     void (*to_float32)(const void *data, bd_dtype dtype, int64_t n, float *out);
 };
@@ -108,6 +113,7 @@ const char *const *bd_available_isas(void);
 void bd_fill_generic_linear(bd_kernels *table);
 void bd_fill_generic_delta(bd_kernels *table);
 void bd_fill_generic_calibrate(bd_kernels *table);
+void bd_fill_generic_sweep(bd_kernels *table);
 void bd_fill_avx2_linear(bd_kernels *table);
 void bd_fill_avx2_delta(bd_kernels *table);
 void bd_fill_avx2_calibrate(bd_kernels *table);

@@ -71,7 +71,7 @@ int parse_int(PyObject *object, const char *name, int64_t least, int64_t most, i
 /* One type and the functions of the module, by file. */
 extern PyType_Spec delta_spec;            /* py_delta.c */
 extern PyMethodDef delta_functions[];     /* py_delta.c: extract, expand */
-extern PyMethodDef calibrate_functions[]; /* py_calibrate.c: fit_signs */
+extern PyMethodDef calibrate_functions[]; /* py_calibrate.c: fit_signs, sweep */
 extern PyMethodDef product_functions[];   /* py_linear.c: linear, linear_add, linear_transposed */
 extern PyMethodDef byte_functions[];      /* py_bytes.c: to_float32, crc32c, crc32c_combine, read */
 

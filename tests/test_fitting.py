@@ -36,8 +36,8 @@ def run(d, factor, order, row, column=None):
     return sign
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (16, 32), (19, 37), (40, 258)])
-@pytest.mark.parametrize("planes", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (16, 32), (35, 70), (40, 258)])
+@pytest.mark.parametrize("planes", [1, 3])
 @pytest.mark.parametrize("has_column", [False, True])
 def test_kernel_gives_the_bits_of_the_definition(rng, isa, shape, planes, has_column):
     n, k = shape
@@ -47,6 +47,26 @@ def test_kernel_gives_the_bits_of_the_definition(rng, isa, shape, planes, has_co
     column = np.exp(rng.normal(size=(planes, k))).astype(np.float32) if has_column else None
     expected = reference_calibrate.fit_signs(d, inputs.factor, inputs.order, row, column)
     assert np.array_equal(run(d, inputs.factor, inputs.order, row, column), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (70, 33), (20, 258)])
+@pytest.mark.parametrize("planes", [1, 3])
+@pytest.mark.parametrize("has_column", [False, True])
+@pytest.mark.parametrize("is_diagonal", [False, True])
+def test_sweep_gives_the_bits_of_the_definition(rng, isa, shape, planes, has_column, is_diagonal):
+    n, k = shape
+    inputs = hessian(some_inputs(rng, k, 2 * k + 3))
+    h = np.diagonal(inputs.damped).copy() if is_diagonal else inputs.damped
+    pull = rng.normal(scale=0.01, size=shape).astype(np.float32) * np.diagonal(inputs.damped)
+    row = np.abs(rng.normal(scale=0.01, size=(planes, n))).astype(np.float32)
+    row[:, 0] = 0  # every level is the same: nothing moves
+    column = np.exp(rng.normal(size=(planes, k))).astype(np.float32) if has_column else None
+    sign = extract(pull, np.zeros(shape, np.float32), planes).sign
+    before = sign.copy()
+    expected = reference_calibrate.sweep(pull, h, row, column, sign)
+    _C.sweep(pull, h, row, column, sign)
+    assert np.array_equal(sign, expected[0]) and np.array_equal(pull, expected[1])
+    assert n == 1 or (sign != before).any()
 
 
 def test_eight_planes_without_feedback_are_the_nearest_levels(rng):
@@ -66,11 +86,13 @@ def test_equal_levels_give_plus(rng):
 def test_threads_do_not_change_the_signs(rng):
     d = rng.normal(size=(100, 90)).astype(np.float32)
     inputs, row = hessian(some_inputs(rng, 90)), np.ones((2, 100), np.float32)
-    results = []
+    results, pulls = [], []
     for n in (1, 3):
         bitdelta.set_num_threads(n)
         results.append(run(d, inputs.factor, inputs.order, row))
-    assert np.array_equal(*results)
+        pulls.append(inputs.weigh(d))
+        _C.sweep(pulls[-1], inputs.damped, row, None, results[-1])
+    assert np.array_equal(*results) and np.array_equal(*pulls)
 
 
 def test_factor_is_of_the_damped_inputs(rng):
@@ -188,6 +210,41 @@ def fit_arguments():
 def test_wrong_arguments_are_named(name, value, kind, text):
     with pytest.raises(kind, match=text):
         _C.fit_signs(*(fit_arguments() | {name: value}).values())
+
+
+def sweep_arguments():
+    return {
+        "pull": np.zeros((3, 5), np.float32),
+        "hessian": np.eye(5, dtype=np.float32),
+        "row": np.ones((1, 3), np.float32),
+        "column": None,
+        "sign": aligned_empty((1, 1, 8, 16), np.uint32),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind", "text"),
+    [
+        ("pull", np.zeros((3, 5)), TypeError, "pull: expected float32"),
+        ("pull", np.zeros(5, np.float32), ValueError, "pull: expected"),
+        ("pull", np.zeros((5, 3), np.float32).T, BufferError, "pull"),
+        ("hessian", np.zeros((4, 5), np.float32), ValueError, "hessian: expected"),
+        ("hessian", np.zeros(4, np.float32), ValueError, "hessian: expected"),
+        ("hessian", np.zeros(5), TypeError, "hessian: expected float32"),
+        ("row", np.ones((1, 4), np.float32), ValueError, "row: expected"),
+        ("column", np.ones((2, 5), np.float32), ValueError, "column: expected"),
+        ("sign", aligned_empty((1, 1, 8, 16), np.int32), TypeError, "sign: expected uint32"),
+    ],
+)
+def test_wrong_arguments_of_a_sweep_are_named(name, value, kind, text):
+    with pytest.raises(kind, match=text):
+        _C.sweep(*(sweep_arguments() | {name: value}).values())
+
+
+def test_outputs_of_a_sweep_may_not_share_memory():
+    h = np.zeros((5, 5), np.float32)
+    with pytest.raises(BufferError, match="pull"):
+        _C.sweep(*(sweep_arguments() | {"hessian": h, "pull": h[:3]}).values())
 
 
 def test_inputs_may_not_share_memory_with_the_signs():
