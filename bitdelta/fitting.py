@@ -10,14 +10,12 @@
 
 A weight that the layer multiplies from the other side, as GPT-2's Conv1D [in, out], is fitted turned around: its row
 scales are then scales of columns. Error feedback is GPTQ's (arXiv 2210.17323), here on the difference of two weights
-with levels that are fitted too. NumPy and its LAPACK do the rest; no gradients, no PyTorch.
+with levels that are fitted too. NumPy's BLAS does the rest; no gradients, no PyTorch. A weight with row scales is fitted some
+rows at a time (fitting_rows.py), where each row keeps its best; the other forms know one error, of the whole weight.
 """
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,70 +24,12 @@ from numpy.typing import NDArray
 from . import _C, threads
 from .array import Tensor, aligned_empty, to_float32
 from .delta import Delta, extract
-from .reference import pack, unpack
+from .fitting_rows import Bits, Rows, copy, expand_rows, solve
+from .inputs import F32, Inputs
+from .reference import pack
 
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
-Bits = NDArray[np.uint32]
-
-DAMPING = 0.01  # of the mean diagonal, added to the diagonal
 COLUMN_DAMPING = 0.01  # of a step of the column scales
-COLUMNS = 64  # of a sweep, between two updates of what the other columns see
 ROWS = 1024  # at a time, where a matrix of [N, K] would be needed for each of several things
-
-
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """What the inputs of a layer are to its weights: H = X^T X, fp32 [K, K], or its diagonal [K]."""
-
-    hessian: F32
-
-    def __post_init__(self) -> None:
-        if not np.isfinite(self.hessian).all():
-            raise ValueError("inputs: NaN or Inf")
-
-    @property
-    def is_diagonal(self) -> bool:
-        return self.hessian.ndim == 1
-
-    @cached_property
-    def damped(self) -> F32:
-        """H with a share of its mean diagonal added, as ones where every input was zero."""
-        diagonal = self.hessian if self.is_diagonal else np.diagonal(self.hessian)
-        mean = float(diagonal.mean(dtype=np.float64))
-        more = np.float32(DAMPING * mean if mean > 0 else 1)
-        if self.is_diagonal:
-            return self.hessian + more
-        damped = self.hessian.copy()
-        damped[np.diag_indices(len(damped))] += more
-        return damped
-
-    @cached_property
-    def order(self) -> NDArray[np.int64]:
-        diagonal = self.damped if self.is_diagonal else np.diagonal(self.damped)
-        return np.argsort(-diagonal, kind="stable").astype(np.int64)
-
-    @cached_property
-    def factor(self) -> F32 | None:
-        """[k, j] = V[j, k], from the Cholesky factor of H turned around: U U^T = H with U upper triangular."""
-        if self.is_diagonal:
-            return None
-        backwards = self.order[::-1]
-        turned = self.damped[backwards][:, backwards]
-        more = np.float32(DAMPING * np.diagonal(turned).mean())
-        while True:
-            try:
-                lower = np.linalg.cholesky(turned)
-                break
-            except np.linalg.LinAlgError:  # fp32: the smallest eigenvalue is lost below the largest
-                turned[np.diag_indices(len(turned))] += more
-                more *= np.float32(10)
-        upper = lower[::-1, ::-1]
-        return np.ascontiguousarray((upper / np.diagonal(upper)).T)
-
-    def weigh(self, z: F32) -> F32:
-        """z H."""
-        return z * self.damped if self.is_diagonal else z @ self.damped
 
 
 def fit(
@@ -101,6 +41,7 @@ def fit(
     rounds: int = 3,
     fit: str = "signs",
     is_turned: bool = False,
+    sweeps: int | None = None,
 ) -> Delta:
     """The delta that comes closest to finetuned - base on these inputs.
 
@@ -111,11 +52,15 @@ def fit(
         fit: "signs" (and scales), or "scales": the signs stay those of `extract`, but for rows and columns whose
             best scale is negative: they turn over.
         is_turned: the layer's inputs meet the rows of the weight, not its columns.
+        sweeps: after the rounds; None: as many.
 
     Raises:
         ValueError: NaN or Inf in a weight, shapes that differ.
     """
+    sweeps = rounds if sweeps is None else sweeps
     start = extract(base, finetuned, planes, scale)
+    if scale == "row" and not is_turned:
+        return _fit_rows(base, finetuned, inputs, start, rounds, sweeps, fit)
     d = to_float32(finetuned) - to_float32(base)
     state = _Fit(np.ascontiguousarray(d.T) if is_turned else d, inputs, start, is_turned)
     state.fit_scales()
@@ -128,11 +73,26 @@ def fit(
             state.keep()
     if fit == "signs":
         state.go_back()
-        for _ in range(rounds):
+        for _ in range(sweeps):
             state.sweep()
             state.fit_scales()
             state.keep()
     return state.best
+
+
+def _fit_rows(
+    base: Tensor, finetuned: Tensor, inputs: Inputs, start: Delta, rounds: int, sweeps: int, fit: str
+) -> Delta:
+    """Some strips of 16 rows at a time."""
+    sign, scale = aligned_empty(start.sign.shape, np.uint32), start.scale.copy()
+    N, step = start.shape[0], max(16, ROWS // start.planes // 16 * 16)
+    for begin in range(0, N, step):
+        rows, strips = slice(begin, min(begin + step, N)), slice(begin // 16, (begin + step) // 16)
+        d = to_float32(finetuned[rows]) - to_float32(base[rows])
+        part = Rows(d, inputs, start.sign[:, strips], np.ascontiguousarray(start.scale[:, rows]))
+        part.fit(rounds, sweeps, fit)
+        sign[:, strips], scale[:, rows] = part.best_sign, part.best_scale
+    return Delta(sign, scale, None, start.shape, start.form)
 
 
 class _Fit:
@@ -179,39 +139,16 @@ class _Fit:
         self.sign, self.row, self.column = self._own_best
 
     def sweep(self) -> None:
-        """Every column in turn moves to the level nearest to q + G / H[k, k], G = left H, which lowers the error.
-
-        Some columns at a time, so that all of G is updated by one product.
-        """
-        N, K = self.d.shape
-        damped = self.inputs.damped
-        bits = np.stack([unpack(plane, N, K) for plane in self.sign])
+        """Every column in turn moves to the level nearest to q + G / H[k, k], G = left H, which lowers the error."""
+        threads.sync()
+        sign = copy(self.sign)
         for rows in self._parts():
-            pull = self.inputs.weigh(self._left(rows))
-            for begin in range(0, K, COLUMNS):
-                columns = self.inputs.order[begin : begin + COLUMNS]
-                near = np.diag(damped[columns]) if self.inputs.is_diagonal else damped[columns][:, columns]
-                change = self._sweep_columns(rows, columns, pull[:, columns], near, bits)
-                if not self.inputs.is_diagonal:
-                    pull -= change @ damped[columns]
-        self.sign = _copy(np.stack([pack(plane) for plane in bits]))
-
-    def _sweep_columns(
-        self, rows: slice, columns: NDArray[np.int64], pull: F32, near: F32, bits: NDArray[np.bool_]
-    ) -> F32:
-        """Sweeps a few columns, pull [rows, columns] their G, near [columns, columns] their H; how levels changed."""
-        change, own = np.zeros_like(pull), bits[:, rows][:, :, columns].transpose(0, 2, 1).copy()
-        for i, k in enumerate(columns):
-            step = self.row[:, rows] if self.column is None else self.row[:, rows] * self.column[:, k, None]
-            now = np.where(own[:, i], step, -step).sum(axis=0)
-            want = now + pull[:, i] / near[i, i]
-            new, level = _nearest(step, want)
-            moved = np.flatnonzero(np.abs(want - level) < np.abs(want - now) * np.float32(0.9999))
-            own[:, i, moved] = new[:, moved]
-            change[moved, i] = (level - now)[moved]
-            pull[moved] -= change[moved, i, None] * near[i]
-        bits[:, rows, columns] = own.transpose(0, 2, 1)
-        return change
+            strips = slice(rows.start // 16, -(-rows.stop // 16))
+            part, pull = copy(sign[:, strips]), self.inputs.weigh(self._left(rows))
+            row = np.ascontiguousarray(self.row[:, rows])
+            _C.sweep(pull, self.inputs.damped, row, self.column, part)
+            sign[:, strips] = part
+        self.sign = sign
 
     def fit_signs(self) -> None:
         threads.sync()
@@ -240,9 +177,9 @@ class _Fit:
                 for q in range(P):
                     left[rows, p, q] = np.einsum("nk,nk->n", weighted, z[q], dtype=np.float64)
         if self.form == "tensor":
-            row = np.repeat(_solve(left.sum(0)[None], right.sum(0)[None]), N, axis=0)
+            row = np.repeat(solve(left.sum(0)[None], right.sum(0)[None]), N, axis=0)
         else:
-            row = _solve(left, right)
+            row = solve(left, right)
         negative = row.T < 0
         for p in range(P):
             self._flip(p, negative[p], np.ones(self.d.shape[1], np.bool_))
@@ -279,7 +216,7 @@ class _Fit:
         if not (rows.any() and columns.any()):
             return
         N, K = self.d.shape
-        sign = _copy(self.sign)
+        sign = copy(self.sign)
         sign[p] ^= pack(rows[:, None] & columns)
         self.sign = sign
 
@@ -304,22 +241,6 @@ class _Fit:
         return expand_rows(Delta(self.sign[p : p + 1], ones, column, self.d.shape, form), rows)
 
 
-def _nearest(step: F32, want: F32) -> tuple[NDArray[np.bool_], F32]:
-    """The signs [P, N] of the level of +-step[0] +-step[1] ... nearest to `want`, and the level [N]."""
-    choices = np.array(list(itertools.product((True, False), repeat=len(step))))  # [2^P, P]
-    levels = np.where(choices[..., None], step, -step).sum(axis=1)
-    best = np.abs(levels - want).argmin(axis=0)
-    return choices[best].T, levels[best, np.arange(len(want))]
-
-
-def expand_rows(delta: Delta, rows: slice) -> F32:
-    """The delta alone, fp32 [rows, K]."""
-    threads.sync()
-    out = np.empty((rows.stop - rows.start, delta.shape[1]), np.float32)
-    _C.expand(out, None, delta.handle, rows.start, rows.stop)
-    return out
-
-
 def turn(sign: Bits, shape: tuple[int, int]) -> Bits:
     """The planes of [N, K] as those of [K, N]."""
     ones = np.ones((1, shape[0]), np.float32)
@@ -327,36 +248,27 @@ def turn(sign: Bits, shape: tuple[int, int]) -> Bits:
         pack(expand_rows(Delta(sign[p : p + 1], ones, None, shape), slice(0, shape[0])).T > 0)
         for p in range(len(sign))
     ]
-    return _copy(np.stack(planes))
+    return copy(np.stack(planes))
 
 
 def output_error(d: F32, delta: Delta | None, x: Any, is_turned: bool = False) -> tuple[float, float]:
     """||x (d - delta)^T||^2 and ||x d^T||^2, of inputs x fp32 [M, K]; turned, ||x (d - delta)||^2 of x [M, N]."""
-    total = wrong = 0.0
-    if is_turned:
-        left = None if delta is None else d - expand_rows(delta, slice(0, len(d)))
-        return (0.0 if left is None else _power(x @ left)), _power(x @ d)
-    for begin in range(0, len(d), ROWS):
-        rows = slice(begin, min(begin + ROWS, len(d)))
-        total += _power(x @ d[rows].T)
-        if delta is not None:
-            wrong += _power(x @ (d[rows] - expand_rows(delta, rows)).T)
+    wrong, total = output_errors(d, [] if delta is None else [delta], x, is_turned)
+    return (wrong[0] if wrong else 0.0), total
+
+
+def output_errors(d: F32, deltas: list[Delta], x: Any, is_turned: bool = False) -> tuple[list[float], float]:
+    """The same of several deltas."""
+    wrong, total = [0.0] * len(deltas), 0.0
+    for begin in range(0, len(d), len(d) if is_turned else ROWS):
+        rows = slice(begin, len(d) if is_turned else min(begin + ROWS, len(d)))
+        total += _power(x @ d if is_turned else x @ d[rows].T)
+        for i, delta in enumerate(deltas):
+            left = d[rows] - expand_rows(delta, rows)
+            wrong[i] += _power(x @ left if is_turned else x @ left.T)
     return wrong, total
 
 
 def _power(y: F32) -> float:
-    return float(np.square(y, dtype=np.float64).sum())
-
-
-def _solve(left: F64, right: F64) -> F64:
-    """P equations for each row; planes that are the same share what they have."""
-    P = left.shape[-1]
-    trace = np.einsum("npp->n", left)
-    left = left + (1e-9 * trace + 1e-300)[:, None, None] * np.eye(P)
-    return np.asarray(np.linalg.solve(left, right[..., None])[..., 0])
-
-
-def _copy(sign: Bits) -> Bits:
-    out: Bits = aligned_empty(sign.shape, np.uint32)
-    out[...] = sign
-    return out
+    """The sum of squares."""
+    return float(np.einsum("mn,mn->", y, y, dtype=np.float64))

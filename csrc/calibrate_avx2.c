@@ -13,18 +13,21 @@ INLINE void
 feedback_group(const float *factor, int64_t stride, const float *e, int64_t n, float *r)
 {
     __m256 low[BD_FEEDBACK_COLUMNS], high[BD_FEEDBACK_COLUMNS];
+#pragma GCC unroll 4
     for (int c = 0; c < BD_FEEDBACK_COLUMNS; c++) {
         low[c] = _mm256_loadu_ps(r + 16 * c);
         high[c] = _mm256_loadu_ps(r + 16 * c + 8);
     }
     for (int64_t j = 0; j < n; j++) {
         const __m256 e_low = _mm256_load_ps(e + 16 * j), e_high = _mm256_load_ps(e + 16 * j + 8);
+#pragma GCC unroll 4
         for (int c = 0; c < BD_FEEDBACK_COLUMNS; c++) {
             const __m256 f = _mm256_broadcast_ss(factor + c * stride + j);
             low[c] = _mm256_add_ps(low[c], _mm256_mul_ps(f, e_low));
             high[c] = _mm256_add_ps(high[c], _mm256_mul_ps(f, e_high));
         }
     }
+#pragma GCC unroll 4
     for (int c = 0; c < BD_FEEDBACK_COLUMNS; c++) {
         _mm256_storeu_ps(r + 16 * c, low[c]);
         _mm256_storeu_ps(r + 16 * c + 8, high[c]);
@@ -60,16 +63,19 @@ take_rows(float *g, int64_t n, const float *h, int64_t stride, const int32_t *ro
     int64_t c = 0;
     for (; n_rows > 0 && c + 8 * VECTORS <= n; c += 8 * VECTORS) {
         __m256 sum[VECTORS];
+#pragma GCC unroll 8
         for (int v = 0; v < VECTORS; v++) {
             sum[v] = _mm256_loadu_ps(g + c + 8 * v);
         }
         for (int64_t m = 0; m < n_rows; m++) {
             const float *row = h + rows[m] * stride + c;
             const __m256 factor = _mm256_broadcast_ss(change + m);
+#pragma GCC unroll 8
             for (int v = 0; v < VECTORS; v++) {
                 sum[v] = _mm256_sub_ps(sum[v], _mm256_mul_ps(factor, _mm256_loadu_ps(row + 8 * v)));
             }
         }
+#pragma GCC unroll 8
         for (int v = 0; v < VECTORS; v++) {
             _mm256_storeu_ps(g + c + 8 * v, sum[v]);
         }

@@ -1,0 +1,153 @@
+"""Signs and row scales of some rows fitted together: rows know nothing of each other, so each keeps its own best.
+
+    target     d H
+    product    z_p H of plane p, z_p = +-1
+    pull       (d - q) H = target - sum_p scale_p product_p: what sweeps start from, and the error is (d - q) pull
+
+Products with H are what takes the time. Planes cost one each after their signs are fitted anew; a sweep brings the
+pull up to date itself, and with one plane the product follows from it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _C, threads
+from .array import aligned_empty
+from .delta import Delta
+from .inputs import F32, Inputs
+from .reference import pack
+
+F64 = NDArray[np.float64]
+Bits = NDArray[np.uint32]
+
+
+class Rows:
+    """d fp32 [N, K], sign [P, S, L, 16], scale fp32 [P, N] where it begins; `best_*` is what it came to."""
+
+    def __init__(self, d: F32, inputs: Inputs, sign: Bits, scale: F32) -> None:
+        self.d, self.inputs = d, inputs
+        self.sign, self.scale = copy(sign), scale
+        self.target = inputs.weigh(d)
+        self.products: list[F32] | None = None
+        self.pull = self.target
+        self.least = np.full(len(d), np.inf)
+        self.best_sign, self.best_scale, self.best_pull = copy(sign), scale.copy(), np.empty_like(d)
+
+    def fit(self, rounds: int, sweeps: int, fit: str) -> None:
+        self.fit_scales()
+        self.keep()
+        if fit != "signs":
+            return
+        for _ in range(rounds):
+            self.fit_signs()
+            self.fit_scales()
+            self.keep()
+        self.go_back()
+        for _ in range(sweeps):
+            if not self.sweep():
+                break
+            self.fit_scales()
+            self.keep()
+
+    def fit_signs(self) -> None:
+        threads.sync()
+        sign = aligned_empty(self.sign.shape, np.uint32)
+        _C.fit_signs(self.d, self.inputs.factor, self.inputs.order, self.scale, None, sign)
+        self.sign, self.products = sign, None
+
+    def sweep(self) -> bool:
+        """Every column in turn moves to the level that lowers the error most; whether any did."""
+        threads.sync()
+        before = copy(self.sign)
+        _C.sweep(self.pull, self.inputs.damped, self.scale, None, self.sign)
+        self.products = self._from_pull()
+        return not np.array_equal(before, self.sign)
+
+    def go_back(self) -> None:
+        """To where each row's error was the least."""
+        self.sign, self.scale = copy(self.best_sign), self.best_scale.copy()
+        self.pull = self.best_pull.copy()
+        self.products = self._from_pull()
+
+    def fit_scales(self) -> None:
+        """For every row the P scales that minimise (d - sum_p a_p z_p) H (...)^T; negative ones turn their signs."""
+        N, P = len(self.d), len(self.sign)
+        z = [self._plane(p) for p in range(P)]
+        products = self.products or [self.inputs.weigh(plane) for plane in z]
+        left, right = np.empty((N, P, P)), np.empty((N, P))
+        for p in range(P):
+            right[:, p] = dots(products[p], self.d)
+            for q in range(P):
+                left[:, p, q] = dots(products[p], z[q])
+        scale = solve(left, right)
+        pull = self.target.copy()
+        for p in range(P):
+            pull -= products[p] * scale[:, p, None].astype(np.float32)
+            self._turn_over(p, scale[:, p] < 0)
+        self.scale = np.ascontiguousarray(np.abs(scale.T), np.float32)
+        self.pull, self.products = pull, None
+
+    def keep(self) -> None:
+        """Remembers each row's state where its error is the least so far."""
+        q = expand_rows(Delta(self.sign, self.scale, None, self.d.shape), slice(0, len(self.d)))
+        wrong = dots(self.d - q, self.pull)
+        better = wrong < self.least
+        self.least[better] = wrong[better]
+        self.best_scale[:, better] = self.scale[:, better]
+        self.best_pull[better] = self.pull[better]
+        mask = _by_strip(better, self.sign)
+        np.copyto(self.best_sign, self.sign, where=mask[None, :, None, :])
+
+    def _from_pull(self) -> list[F32] | None:
+        """The product of one plane; rows without a scale never move, so that theirs does not matter."""
+        if len(self.sign) > 1:
+            return None
+        scale = np.where(self.scale[0] > 0, self.scale[0], np.float32(1))
+        return [(self.target - self.pull) / scale[:, None]]
+
+    def _plane(self, p: int) -> F32:
+        """+-1, fp32 [N, K]."""
+        ones = np.ones((1, len(self.d)), np.float32)
+        return expand_rows(Delta(self.sign[p : p + 1], ones, None, self.d.shape), slice(0, len(self.d)))
+
+    def _turn_over(self, p: int, rows: NDArray[np.bool_]) -> None:
+        if rows.any():
+            used = pack(np.ones((1, self.d.shape[1]), np.bool_))[0, :, 0]  # the bits of a row that are no padding
+            mask = _by_strip(rows, self.sign)
+            self.sign[p] ^= np.where(mask[:, None, :], used[None, :, None], np.uint32(0))
+
+
+def _by_strip(rows: NDArray[np.bool_], sign: Bits) -> NDArray[np.bool_]:
+    """Rows [N] as [S, 16]."""
+    n_strips, width = sign.shape[1], sign.shape[3]
+    return np.pad(rows, (0, n_strips * width - len(rows))).reshape(n_strips, width)
+
+
+def dots(a: F32, b: F32) -> F64:
+    """Row by row the sum of a b, in fp64."""
+    out: F64 = np.einsum("nk,nk->n", a, b, dtype=np.float64)
+    return out
+
+
+def solve(left: F64, right: F64) -> F64:
+    """P equations for each row; planes that are the same share what they have."""
+    P = left.shape[-1]
+    trace = np.einsum("npp->n", left)
+    left = left + (1e-9 * trace + 1e-300)[:, None, None] * np.eye(P)
+    return np.asarray(np.linalg.solve(left, right[..., None])[..., 0])
+
+
+def expand_rows(delta: Delta, rows: slice) -> F32:
+    """The delta alone, fp32 [rows, K]."""
+    threads.sync()
+    out = np.empty((rows.stop - rows.start, delta.shape[1]), np.float32)
+    _C.expand(out, None, delta.handle, rows.start, rows.stop)
+    return out
+
+
+def copy(sign: Bits) -> Bits:
+    out: Bits = aligned_empty(sign.shape, np.uint32)
+    out[...] = sign
+    return out
