@@ -22,14 +22,18 @@ from numpy.typing import NDArray
 from .array import to_float32
 from .checkpoint import Checkpoint
 from .errors import Error
-from .fitting import F32, Inputs
+from .inputs import F32, Inputs
 
 BATCH_TOKENS = 2048
+BLOCK = 512  # columns of H
 I64 = NDArray[np.int64]
 
 
 class Collected:
-    """The inputs of one or several weights: H of the rows to fit on, and the rows held out themselves."""
+    """The inputs of one or several weights: H of the rows to fit on, and the rows held out themselves.
+
+    H is symmetric: only what is right of its blocks of the diagonal is summed, until `inputs`.
+    """
 
     def __init__(self, columns: int) -> None:
         self.hessian = np.zeros((columns, columns), np.float32)
@@ -43,9 +47,14 @@ class Collected:
             self.held_out.append(flat.numpy().copy())
         else:
             hessian = torch.from_numpy(self.hessian)
-            hessian.addmm_(flat.T, flat)
+            for begin in range(0, len(hessian), BLOCK):
+                own = flat[:, begin : begin + BLOCK]
+                hessian[begin : begin + BLOCK, begin:].addmm_(own.T, flat[:, begin:])
 
     def inputs(self) -> Inputs:
+        for begin in range(0, len(self.hessian), BLOCK):
+            end = begin + BLOCK
+            self.hessian[end:, begin:end] = self.hessian[begin:end, end:].T
         return Inputs(self.hessian)
 
 

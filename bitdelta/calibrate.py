@@ -27,10 +27,11 @@ from .array import to_float32
 from .checkpoint import Checkpoint, open_checkpoint
 from .delta import Delta
 from .errors import BaseMismatchError, Error
-from .fitting import F32, Inputs, output_error
 from .fitting import fit as fit_weight
+from .fitting import output_errors
 from .folder import refuse_existing, refuse_full, refuse_inside
 from .forms import VOCABULARY
+from .inputs import F32, Inputs
 from .packfile import PACKED, Packfile, load
 from .packfile_writer import PackfileWriter
 from .residual import relative, sampled_errors, squared_errors
@@ -267,7 +268,8 @@ class _Run:
             old, new = (relative(squared_errors(before, after, delta)) for delta in (plain, chosen))
         else:
             d = to_float32(after) - to_float32(before)
-            old, new = (relative(output_error(d, x, held_out, is_turned)) for x in (plain, chosen))
+            wrong, total = output_errors(d, [plain, chosen], held_out, is_turned)
+            old, new = (relative((x, total)) for x in wrong)
         if not (old is not None and new is not None and new < old):
             chosen, new = plain, old
         self.fitted[name] = chosen

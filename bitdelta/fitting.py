@@ -10,8 +10,9 @@
 
 A weight that the layer multiplies from the other side, as GPT-2's Conv1D [in, out], is fitted turned around: its row
 scales are then scales of columns. Error feedback is GPTQ's (arXiv 2210.17323), here on the difference of two weights
-with levels that are fitted too. NumPy's BLAS does the rest; no gradients, no PyTorch. A weight with row scales is fitted some
-rows at a time (fitting_rows.py), where each row keeps its best; the other forms know one error, of the whole weight.
+with levels that are fitted too. NumPy's BLAS does the rest; no gradients, no PyTorch. A weight with row scales is
+fitted some rows at a time (fitting_rows.py), where each row keeps its best; the other forms know one error, of the
+whole weight.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class Rows:
         """The product of one plane; rows without a scale never move, so that theirs does not matter."""
         if len(self.sign) > 1:
             return None
-        scale = np.where(self.scale[0] > 0, self.scale[0], np.float32(1))
+        scale: F32 = np.where(self.scale[0] > 0, self.scale[0], np.float32(1))
         return [(self.target - self.pull) / scale[:, None]]
 
     def _plane(self, p: int) -> F32:
@@ -114,7 +114,9 @@ class Rows:
 
     def _turn_over(self, p: int, rows: NDArray[np.bool_]) -> None:
         if rows.any():
-            used = pack(np.ones((1, self.d.shape[1]), np.bool_))[0, :, 0]  # the bits of a row that are no padding
+            used = pack(np.ones((1, self.d.shape[1]), np.bool_))[
+                0, :, 0
+            ]  # the bits of a row that are no padding
             mask = _by_strip(rows, self.sign)
             self.sign[p] ^= np.where(mask[:, None, :], used[None, :, None], np.uint32(0))
 

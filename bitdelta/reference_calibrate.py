@@ -45,7 +45,7 @@ def sweep(
 
     -> the new sign and G.
     """
-    (N, K), P = pull.shape, len(row)
+    N, K = pull.shape
     is_positive = np.stack([unpack(plane, N, K) for plane in sign])
     pull = pull.copy()
     for k in range(K):
