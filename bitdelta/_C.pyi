@@ -17,6 +17,9 @@ class _BuildInfo(TypedDict):
     sanitize: bool
     python: str
 
+def cuda_missing() -> str | None: ...  # None when a GPU can be used; the first call loads the driver
+def cuda_is_emulated() -> bool: ...  # kernels run on the CPU, on tensors in its memory
+
 STREAM_ROWS: int  # up to so many rows, `linear` multiplies with the weight itself faster than BLAS
 
 @final

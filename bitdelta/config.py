@@ -36,7 +36,8 @@ def describe() -> dict[str, str]:
         lines["threads"] = f"{threads.get_num_threads()} (from {_source_of_threads()})"
     except ValueError as error:  # the environment asks for what cannot be
         lines["threads"] = str(error)
-    lines["cuda"] = build["cuda"]
+    missing = None if build["cuda"].startswith("not built") else _C.cuda_missing()
+    lines["cuda"] = build["cuda"] + (f"; {missing}" if missing else "")
     return lines
 
 

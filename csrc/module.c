@@ -315,7 +315,8 @@ module_exec(PyObject *module)
         PyModule_AddFunctions(module, delta_functions) < 0 ||
         PyModule_AddFunctions(module, calibrate_functions) < 0 ||
         PyModule_AddFunctions(module, product_functions) < 0 ||
-        PyModule_AddFunctions(module, byte_functions) < 0) {
+        PyModule_AddFunctions(module, byte_functions) < 0 ||
+        PyModule_AddFunctions(module, cuda_functions) < 0) {
         return -1;
     }
     return PyModule_AddIntConstant(module, "STREAM_ROWS", BD_STREAM_ROWS);

@@ -80,7 +80,7 @@ def test_the_sdist_installs_and_runs_elsewhere(sdist, tmp_path):
     target = tmp_path / "installed"
     done = run(
         "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index", "--target", target, sdist,
-        cwd=tmp_path,
+        cwd=tmp_path, BITDELTA_CUDA="0",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert {"py.typed", "_C.pyi"} <= {path.name for path in (target / "bitdelta").iterdir()}
@@ -89,7 +89,7 @@ def test_the_sdist_installs_and_runs_elsewhere(sdist, tmp_path):
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert str(target) in lines["bitdelta"]
     assert lines["threads"] == "3 (from BITDELTA_NUM_THREADS=3)"
-    assert lines["cuda"].startswith("not built: ")
+    assert lines["cuda"] == "not built: BITDELTA_CUDA=0"
 
 
 def test_the_diagnosis_names_everything():
@@ -105,10 +105,51 @@ def test_the_diagnosis_names_everything():
     assert "-std=c11" in lines["compiler"]
 
 
-def test_a_build_that_insists_on_cuda_fails_at_once(sdist):
-    done = run("setup.py", "build_ext", cwd=sdist, BITDELTA_CUDA="1")
+def fake_nvcc(folder, says):
+    nvcc = folder / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\n{says}\n")
+    nvcc.chmod(0o755)
+    return str(nvcc)
+
+
+RELEASE = 'echo "Cuda compilation tools, release {}, V0"'
+
+
+@pytest.mark.parametrize(
+    "says, archs, reason",
+    [
+        (RELEASE.format("11.8"), "", "nvcc is 11.8; kernels need 12.0"),
+        ("exit 1", "", "nvcc --version says no release"),
+        (RELEASE.format("13.0"), "", "libcudart_static.a was not found below "),
+        (RELEASE.format("13.0"), "90a 70", "BITDELTA_CUDA_ARCHS: expected all, 80, "),
+        (RELEASE.format("12.4"), "100f", "BITDELTA_CUDA_ARCHS: 100f needs nvcc 12.9, this is 12.4"),
+    ],
+)
+def test_a_build_that_insists_on_cuda_says_what_is_missing(sdist, tmp_path, says, archs, reason):
+    environment = {"CUDACXX": fake_nvcc(tmp_path, says), "BITDELTA_CUDA_ARCHS": archs}
+    done = run("setup.py", "build_ext", cwd=sdist, BITDELTA_CUDA="1", **environment)
     assert done.returncode != 0
-    assert done.stderr.splitlines()[-1].startswith("bitdelta: BITDELTA_CUDA=1, but cuda: not built: ")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("bitdelta: BITDELTA_CUDA=1, but cuda: not built: "), done.stderr
+    assert reason in last
+
+
+def test_a_build_with_an_unknown_kind_of_cuda_says_which_there_are(sdist):
+    done = run("setup.py", "build_ext", cwd=sdist, BITDELTA_CUDA="yes")
+    assert done.stderr.splitlines()[-1] == "bitdelta: BITDELTA_CUDA: expected 0, 1 or emulate, got 'yes'"
+
+
+def test_a_kernel_that_does_not_compile_is_named(sdist, tmp_path):
+    says = f'case "$*" in *--version*) {RELEASE.format("13.0")};; *dryrun*) echo "#$ TOP={tmp_path}" >&2;;'
+    nvcc = fake_nvcc(tmp_path, f'{says} *) echo "line 7: no" >&2; exit 2;; esac')
+    (tmp_path / "lib64").mkdir()
+    (tmp_path / "lib64" / "libcudart_static.a").touch()
+    done = run(
+        "setup.py", "build_ext", "--build-temp", tmp_path / "temp", cwd=sdist, CUDACXX=nvcc, PATH="/usr/bin:/bin"
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "line 7: no" in done.stderr
+    assert "refused kernels/" in done.stderr.splitlines()[-1]
 
 
 def test_the_build_never_imports_torch(sdist, tmp_path):

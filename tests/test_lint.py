@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PYTHON = ["bitdelta", "tests", "setup.py"]
-C = sorted(path for path in (ROOT / "csrc").glob("*.[ch]"))
+PYTHON = ["bitdelta", "kernels", "tests", "setup.py"]
+C = sorted(
+    path
+    for pattern in ("csrc/*.[ch]", "kernels/*.h", "kernels/*.cpp", "kernels/*.cu", "tests/cuda/*.cu")
+    for path in ROOT.glob(pattern)
+)
 
 
 def passes(tool, *arguments):
