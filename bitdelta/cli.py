@@ -75,6 +75,7 @@ class Suite(str, Enum):
     cpu = "cpu"
     io = "io"
     model = "model"
+    calibrate = "calibrate"
 
 
 @app.callback(invoke_without_command=True)
@@ -314,7 +315,8 @@ def bench(
     suite: Annotated[
         Suite,
         typer.Argument(
-            help="cpu: the kernels and files; io: packfile and compress only; model: decoding for many tenants."
+            help="cpu: the kernels and files; io: packfile and compress only; model: decoding for many tenants; "
+            "calibrate: fitting against distillation."
         ),
     ] = Suite.cpu,
     shape: Annotated[
@@ -333,6 +335,8 @@ def bench(
 
     if suite is Suite.model:
         report = suites.run_model(shape, layers, tenants, quick=quick, log=message)
+    elif suite is Suite.calibrate:
+        report = suites.run_calibration(quick=quick, log=message)
     else:
         report = suites.run(suite.value, quick=quick, log=message)
     answer(report, as_json, suites.describe(report))

@@ -177,3 +177,19 @@ def test_decoding_for_many_tenants_is_measured_against_merged_models_and_lora(ca
         assert word in text
     assert main(["bench", "model", "--shape", "llama-9"]) == 2
     assert "shape: expected one of llama-2-7b" in capsys.readouterr().err
+
+
+def test_calibration_is_timed_against_distillation(capsys):
+    assert main(["bench", "calibrate", "--quick", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    layers = [row for row in found["rows"] if row["kind"] == "layer"]
+    assert [(row["N"], row["K"]) for row in layers] == [(96, 64), (64, 96)]
+    for row in layers:
+        parts = sum(row[part] for part in ("inputs", "factor", "fit", "held_out"))
+        assert row["seconds"] == pytest.approx(parts) and row["error"] < 1
+        steps = 100 * row["step_seconds"] + 32 * row["teacher_seconds"]
+        assert row["ratio"] == pytest.approx(parts / steps) and row["met"] is None
+    model = found["rows"][-1]
+    assert model["kind"] == "model" and model["ratio"] > 0 and found["checks"] >= 8 * len(_C.isas())
+    text = "\n".join(bench.describe(found))
+    assert "[64, 96]" in text and "100 steps" in text and "--quick" in text

@@ -5,6 +5,7 @@
     products   delta products, extraction and expansion against the dense product, interleaved (data, timing)
     files      a packfile's load, and compress against merely reading the same maps
     goals      what each row should reach
+    calibration  fitting without gradients against distillation; needs PyTorch and transformers
     model      decoding for many tenants (random_model, decode, model_goals); needs PyTorch and transformers
 
 Everything timed rotates over more than 1 GB of random bits, so that nothing comes from a cache.
@@ -22,6 +23,7 @@ from typing import Any
 
 from ..errors import Error, whole_number
 from ..table import table
+from ..threads import get_num_threads
 from . import check, files, goals, machine
 
 
@@ -93,9 +95,41 @@ def run_model(
     return report
 
 
+def run_calibration(quick: bool = False, log: Callable[[str], None] = print) -> dict[str, Any]:
+    """Checks the kernels, then times fitting against 100 steps of distillation.
+
+    Args:
+        quick: tiny shapes; the figures mean nothing.
+        log: called with one line at a time.
+
+    Returns:
+        A dict that JSON can hold: `machine`, `checks`, `threads`, `rows`.
+
+    Raises:
+        bitdelta.Error: a kernel differs from the reference.
+    """
+    from . import calibration
+
+    start = time.perf_counter()
+    report: dict[str, Any] = {"suite": "calibrate", "quick": quick, "machine": machine.describe()}
+    report["checks"] = check.fitting(log)
+    report["threads"] = get_num_threads()
+    report["rows"] = calibration.measure(quick, log)
+    report["seconds"] = round(time.perf_counter() - start, 1)
+    return report
+
+
 def describe(report: dict[str, Any]) -> Iterator[str]:
     """The report as lines of text."""
     yield from machine.lines(report["machine"])
+    if report["suite"] == "calibrate":
+        from . import calibration
+
+        yield f"checked against the reference: {report['checks']} results, every bit equal"
+        yield ""
+        yield from calibration.describe(report["rows"])
+        yield from _footer(report, f"{report['threads']} threads; the fit is timed once, a step thrice")
+        return
     if report["suite"] == "model":
         from . import model_goals
 

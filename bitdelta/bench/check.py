@@ -8,13 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from .. import _C, reference
+from .. import _C, reference, reference_calibrate
 from ..array import Tensor, aligned_empty, empty_like, from_float32
 from ..delta import Delta
 from ..errors import Error
+from ..inputs import Inputs
 
 ROWS = (1, 3, 4, 16, 20, 64, 100)  # of one tenant: each way to make products is used
 SHAPES = ((48, 512), (37, 300))  # whole strips and lines, and neither
+
+
+Case = Iterator[tuple[str, Any, Callable[[], Any]]]
 
 
 @contextmanager
@@ -28,10 +32,19 @@ def isa(name: str) -> Iterator[None]:
         _C.set_isa(before)
 
 
+def fitting(log: Callable[[str], None]) -> int:
+    """The same of fitted signs."""
+    return _equal(log, (_fitted(),))
+
+
 def kernels(log: Callable[[str], None]) -> int:
     """Returns the number of results compared; bitdelta.Error names the first that differs."""
+    return _equal(log, (_extraction(), _expansion(), _products(), _transposed(), _fitted()))
+
+
+def _equal(log: Callable[[str], None], cases: tuple[Case, ...]) -> int:
     n_equal = 0
-    for case in (_extraction(), _expansion(), _products(), _transposed()):
+    for case in cases:
         for what, expected, compute in case:
             for name in _C.isas():
                 with isa(name):
@@ -40,9 +53,6 @@ def kernels(log: Callable[[str], None]) -> int:
                 n_equal += 1
     log(f"checked {n_equal} results of {', '.join(_C.isas())} against the reference: every bit equal")
     return n_equal
-
-
-Case = Iterator[tuple[str, Any, Callable[[], Any]]]
 
 
 def _extraction() -> Case:
@@ -119,6 +129,34 @@ def _transposed() -> Case:
             return out
 
         yield f"linear_transposed {N}x{K}", reference.linear_transposed(dy, deltas, ids), compute
+
+
+def _fitted() -> Case:
+    for N, K in SHAPES:
+        for delta in _deltas(N, K):
+            inputs, d = Inputs(_hessian(K)), _matrix(N, K, 8, "float32")
+            arguments: Any = (d, inputs.factor, inputs.order, delta.scale, delta.column)
+
+            def signs(arguments: Any = arguments, delta: Delta = delta) -> Any:
+                out = aligned_empty(delta.sign.shape, np.uint32)
+                _C.fit_signs(*arguments, out)
+                return out
+
+            yield f"fit_signs {N}x{K}", reference_calibrate.fit_signs(*arguments), signs
+            moving: Any = (inputs.weigh(d), inputs.damped, delta.scale, delta.column, delta.sign)
+
+            def moved(moving: Any = moving) -> Any:
+                sign = aligned_empty(moving[-1].shape, np.uint32)
+                sign[...], pull = moving[-1], moving[0].copy()
+                _C.sweep(pull, *moving[1:-1], sign)
+                return sign, pull
+
+            yield f"sweep {N}x{K}", reference_calibrate.sweep(*moving), moved
+
+
+def _hessian(K: int) -> Any:
+    x = _matrix(K, K, 9, "float32")
+    return x.T @ x
 
 
 def _matrix(n_rows: int, n_columns: int, seed: int, dtype: str) -> Any:
