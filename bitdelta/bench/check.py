@@ -139,7 +139,7 @@ def _fitted() -> Case:
 
             def signs(arguments: Any = arguments, delta: Delta = delta) -> Any:
                 out = aligned_empty(delta.sign.shape, np.uint32)
-                _C.fit_signs(*arguments, out)
+                _C.fit_signs(*(*arguments, out))
                 return out
 
             yield f"fit_signs {N}x{K}", reference_calibrate.fit_signs(*arguments), signs
@@ -148,7 +148,7 @@ def _fitted() -> Case:
             def moved(moving: Any = moving) -> Any:
                 sign = aligned_empty(moving[-1].shape, np.uint32)
                 sign[...], pull = moving[-1], moving[0].copy()
-                _C.sweep(pull, *moving[1:-1], sign)
+                _C.sweep(*(pull, *moving[1:-1], sign))
                 return sign, pull
 
             yield f"sweep {N}x{K}", reference_calibrate.sweep(*moving), moved
