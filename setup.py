@@ -63,9 +63,9 @@ class Kernels:
         self.kind, self.about = 2, "emulated on the CPU, for tests"
         compiler = toolchain.cxx()
         for source in [*toolchain.kernel_sources(), *toolchain.emulation_sources()]:
-            self.commands[source] = lambda output, source=source: toolchain.emulation_command(
-                compiler, source, output
-            )
+            self.commands[source] = lambda output, source=source: [
+                *toolchain.emulation_command(compiler, source, output), "-fvisibility=hidden"
+            ]  # fmt: skip
 
     def compile_by_nvcc(self):
         nvcc = toolchain.find_nvcc()
@@ -90,7 +90,8 @@ class Kernels:
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_suffix(f".{os.getpid()}.o")
             command = self.commands[source](str(partial))
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            environment = {**os.environ, "CCACHE_BASEDIR": str(toolchain.ROOT)}
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
             print(done.stdout + done.stderr, end="", file=sys.stderr)
             if done.returncode != 0:
                 raise CompileError(f"{command[0]} refused {source}; BITDELTA_CUDA=0 builds without kernels")

@@ -30,11 +30,12 @@ OF_CAPABILITY = {
     "12.0": "120f",
 }
 
-HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
+HOST_FLAGS = ["-fPIC", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
+INCLUDES = [f"-I{ROOT / 'csrc'}", f"-I{KERNELS}"]
 # As the definitions: every product and sum rounded, so no contraction.
-NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Icsrc", "-Ikernels"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", *INCLUDES]
 
-EMULATION_FLAGS = ["-std=c++17", "-DBD_EMULATE", "-O2", "-ffp-contract=off", "-Icsrc", "-Ikernels"]
+EMULATION_FLAGS = ["-std=c++17", "-DBD_EMULATE", "-O2", "-ffp-contract=off", *INCLUDES]
 EMULATION_FLAGS += ["-Wall", "-Wextra", "-Wconversion", "-Wno-sign-conversion"]
 # The calls that emulation_memory.cpp answers; in kernels alone.
 UNDEFINED = "alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero,float-cast-overflow"
@@ -75,11 +76,22 @@ def cxx() -> list[str]:
     return shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
 
 
-def emulation_command(compiler: list[str], source: str, output: str) -> list[str]:
-    """Compiles a kernel, or a file of the emulation, for the host; to be run in ROOT."""
-    watch = WATCH_FLAGS if source.endswith(".cu") else []
+def emulation_command(compiler: list[str], source: str | Path, output: str | Path) -> list[str]:
+    """Compiles a kernel, or a file of the emulation, for the host."""
+    watch = WATCH_FLAGS if str(source).endswith(".cu") else []
     strict = ["-Werror"] * warnings_are_errors()
-    return [*ccache(), *compiler, *EMULATION_FLAGS, *HOST_FLAGS, *strict, *watch, "-c", source, "-o", output]
+    return [
+        *ccache(),
+        *compiler,
+        *EMULATION_FLAGS,
+        *HOST_FLAGS,
+        *strict,
+        *watch,
+        "-c",
+        str(source),
+        "-o",
+        str(output),
+    ]
 
 
 # ---- nvcc ----
@@ -155,13 +167,13 @@ def wanted_archs(version: tuple[int, int]) -> tuple[str, ...]:
     return archs
 
 
-def nvcc_command(nvcc: str, archs: tuple[str, ...], source: str, output: str) -> list[str]:
-    """Compiles a kernel file for the targets; to be run in ROOT."""
+def nvcc_command(nvcc: str, archs: tuple[str, ...], source: str | Path, output: str | Path) -> list[str]:
+    """Compiles a kernel file for the targets."""
     flags = list(NVCC_FLAGS)
     for arch in archs:
         name = arch.removesuffix("+PTX")
         kind = "compute" if arch.endswith("+PTX") else "sm"
         flags.append(f"-gencode=arch=compute_{name},code={kind}_{name}")
     strict = ["-Werror=all-warnings"] * warnings_are_errors()
-    host = ",".join([*HOST_FLAGS, "-Wall", "-Wextra"])
-    return [*ccache(), nvcc, *flags, *strict, "-Xcompiler", host, "-c", source, "-o", output]
+    host = ",".join([*HOST_FLAGS, "-fvisibility=hidden", "-Wall", "-Wextra"])
+    return [*ccache(), nvcc, *flags, *strict, "-Xcompiler", host, "-c", str(source), "-o", str(output)]

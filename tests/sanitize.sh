@@ -10,7 +10,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 mkdir "$work/tree"
-cp -r bitdelta csrc tests README.md pyproject.toml setup.py "$work/tree"
+cp -r bitdelta csrc kernels tests README.md pyproject.toml setup.py "$work/tree"
 cd "$work/tree"
 rm -f bitdelta/_C.*.so
 BITDELTA_SANITIZE=1 "$python" setup.py -q build_ext --inplace >"$work/build.log" 2>&1 || {
