@@ -192,12 +192,7 @@ class Streamed:
         """Collects the inputs of the head, where it is a linear layer whose weight is wanted."""
         import torch
 
-        module = self.model.get_output_embeddings()
-        name = next(
-            (self.names.get(f"{path}.weight", "") for path, m in self.model.named_modules() if m is module),
-            "",
-        )
-        name = self._tied_name(name)
+        module, name = self.model.get_output_embeddings(), self.head_name()
         if module is None or name not in wanted or is_multiplied(module) is None:
             return []
         collector = _Collector(stop=True)
@@ -214,14 +209,18 @@ class Streamed:
         collector.close()
         return collector.weights
 
-    def _tied_name(self, name: str) -> str:
-        """The embeddings' name, where the head has no tensor of its own."""
+    def head_name(self) -> str:
+        """The tensor of the head, or of the embeddings where they are tied; empty: there is none."""
+        name = self._name_of(self.model.get_output_embeddings())
         if name or not getattr(self.model.config, "tie_word_embeddings", False):
             return name
-        embeddings = self.model.get_input_embeddings()
-        return next(
-            (self.names.get(f"{p}.weight", "") for p, m in self.model.named_modules() if m is embeddings), ""
+        return self._name_of(self.model.get_input_embeddings())
+
+    def _name_of(self, module: Any) -> str:
+        found = (
+            self.names.get(f"{path}.weight", "") for path, m in self.model.named_modules() if m is module
         )
+        return next(found, "")
 
     def _find_layers(self) -> tuple[str, Any]:
         import torch

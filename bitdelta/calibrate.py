@@ -14,9 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,17 @@ from .fitting import fit as fit_weight
 from .fitting import output_errors
 from .folder import refuse_existing, refuse_full, refuse_inside
 from .forms import VOCABULARY
+from .hidden import State
 from .inputs import F32, Inputs
 from .packfile import PACKED, Packfile, load
 from .packfile_writer import PackfileWriter
 from .residual import relative, sampled_errors, squared_errors
+from .spend import record
 from .table import table
 
 HELD_OUT = 8  # one row of so many
-Say = Callable[[str], None]
+N_TOKENS, LENGTH = 16384, 128
+KEPT = ("base_crc32c", "fingerprint", "tied_to", "effect")  # of an entry
 
 
 def calibrate(
@@ -50,8 +53,8 @@ def calibrate(
     fit: str = "signs",
     inputs: str = "finetuned",
     rounds: int = 3,
-    n_tokens: int = 16384,
-    length: int = 128,
+    n_tokens: int = N_TOKENS,
+    length: int = LENGTH,
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -85,7 +88,7 @@ def calibrate(
     packfile.check_base(source)
     _check_finetuned(packfile, target)
     refuse_full(out_dir, sum(entry["bytes"] for entry in packfile.entries.values()))
-    tokens = _tokens(text, target, n_tokens, length, seed)
+    tokens = read_tokens(text, target, n_tokens, length, seed)
     settings = {"fit": fit, "inputs": inputs, "rounds": rounds}
     key = _key(packfile, target, tokens, settings)
     with PackfileWriter(
@@ -96,6 +99,7 @@ def calibrate(
         names=packfile.entries,
         absent=packfile.config.get("absent", ()),
         key=key,
+        budget=packfile.budget,
     ) as writer:
         run = _Run(packfile, source, target, writer, tokens, key, progress)
         run.all()
@@ -121,7 +125,10 @@ def _check_finetuned(packfile: Packfile, target: Checkpoint) -> None:
             )
 
 
-def _tokens(text: Any, target: Checkpoint, n_tokens: int, length: int, seed: int) -> NDArray[np.int64]:
+def read_tokens(
+    text: Any, target: Checkpoint, n_tokens: int = N_TOKENS, length: int = LENGTH, seed: int = 0
+) -> NDArray[np.int64]:
+    """Rows of the text in the fine-tune's tokens; `calibrate` holds the last eighth of them out."""
     from .text import load_tokens
 
     try:
@@ -197,7 +204,7 @@ class _Run:
                         f"inputs: compressed needs a model that runs layer by layer: {error}"
                     ) from error
                 self.mode = f"whole model in memory: {error}"
-                self.bar.write(self.mode)
+                self.bar.write(self.mode, file=sys.stderr)
                 for weights in Whole(self.target, self.tokens, self.n_held_out).collect(self._left()):
                     self._fit_all(weights)
             else:
@@ -208,7 +215,7 @@ class _Run:
             self.bar.close()
 
     def _stream(self, model: Any) -> None:
-        state = _State(self.writer.out_dir, hashlib.sha256(json.dumps(self.settings).encode()).hexdigest())
+        state = State(self.writer.out_dir, hashlib.sha256(json.dumps(self.settings).encode()).hexdigest())
         try:
             model.embed()
             first = state.restore(model.hidden)
@@ -289,8 +296,8 @@ class _Run:
                 self._fit(name, Inputs(np.ones(entry["shape"][1], np.float32)), None)
         for name, entry in self.packfile.entries.items():
             if name not in self.writer.entries:
-                error = entry.get("relative_error")
-                self._write(name, self.packfile[name], error, None, None)
+                error, known = entry.get("relative_error"), entry.get("output_error")
+                self._write(name, self.packfile[name], error, entry.get("output_error_before"), known)
 
     def _write(
         self, name: str, value: Any, error: float | None, old: float | None, new: float | None
@@ -307,7 +314,7 @@ class _Run:
             relative_error=_rounded(error),
             output_error=_rounded(new),
             output_error_before=_rounded(old),
-            **{field: entry[field] for field in ("base_crc32c", "fingerprint", "tied_to") if field in entry},
+            **{field: entry[field] for field in KEPT if field in entry},
         )
         self.bar.update()
 
@@ -327,7 +334,7 @@ class _Run:
         tensors = [
             {"name": name, "before": e["output_error_before"], "after": e["output_error"]}
             for name, e in entries.items()
-            if "output_error" in e
+            if "output_error_before" in e
         ]
         fitted = [t for t in tensors if t["after"] < t["before"]]
         kept = [name for name in self.wanted if name not in {t["name"] for t in fitted}]
@@ -342,6 +349,7 @@ class _Run:
             "output_error_before": _mean([t["before"] for t in fitted]),
             "output_error": _mean([t["after"] for t in fitted]),
             "tensors": tensors,
+            **({} if self.packfile.budget is None else {"budget": record(entries, self.packfile.budget)}),
             "seconds": round(seconds, 3),
         }
 
@@ -351,39 +359,6 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
     yield ""
     rows = [[t["name"], f"{t['before']:.4f}", f"{t['after']:.4f}"] for t in report["tensors"]]
     yield from table(("tensor", ">before", ">after"), rows, "error of the output on text held out, relative")
-
-
-class _State:
-    """The hidden states before a layer, in `.NAME.activations` beside the target."""
-
-    def __init__(self, out_dir: Path, key: str) -> None:
-        target = Path(os.path.abspath(out_dir))
-        self.folder = target.parent / f".{target.name}.activations"
-        self.key = key[:16]
-
-    def restore(self, hidden: list[F32]) -> int:
-        """The layer to go on with; `hidden` becomes what it takes."""
-        found = {int(path.stem.rpartition("-")[2]): path for path in self.folder.glob(f"{self.key}-*.npy")}
-        if not found:
-            return 0
-        with open(found[max(found)], "rb") as file:
-            for at in range(len(hidden)):
-                hidden[at] = np.load(file)
-        return max(found)
-
-    def save(self, i: int, hidden: list[F32]) -> None:
-        self.folder.mkdir(exist_ok=True)
-        path = self.folder / f"{self.key}-{i}.npy"
-        with open(self.folder / "new", "wb") as file:
-            for batch in hidden:
-                np.save(file, batch)
-        os.replace(self.folder / "new", path)
-        for other in self.folder.glob("*.npy"):
-            if other != path:
-                other.unlink()
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _rounded(error: float | None) -> float | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .forms import parameters, stored_bytes
-from .info import FORMS
+from .info import FORMS, describe_budget, shown_form
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -44,12 +44,15 @@ def model_card(config: dict[str, Any], delta_bytes: int) -> str:
         "|---|---|---|",
     ]
     for form, description in FORMS.items():
-        group = [entry for entry in entries if entry["form"] == form]
+        group = [entry for entry in entries if shown_form(entry) == form]
         if group:
             planes = sorted({entry["planes"] for entry in group if "planes" in entry})
             count = sum(map(parameters, group))
             how = description + (f", planes: {', '.join(map(str, planes))}" if planes else "")
             lines.append(f"| {len(group)} | {count:,} | {how} |")
+    if "budget" in config:
+        named = [_text(name) for name in config["budget"]["too_large"]]
+        lines += ["", *(f"- {line}" for line in describe_budget({**config["budget"], "too_large": named}))]
     return "\n".join([*lines, *_usage(base, base_name)]) + "\n"
 
 

@@ -109,7 +109,10 @@ def compress(
         str | None, typer.Option(metavar="FILE", help="Fit signs and scales to this text; see calibrate.")
     ] = None,
     fit: Annotated[Fit, typer.Option(help="What is fitted to it.")] = Fit.signs,
-    budget: Annotated[float | None, typer.Option(metavar="BITS", help="Bits per weight to spend.")] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(metavar="BITS", help="Bits per parameter: forms chosen by errors on the text."),
+    ] = None,
     quantized_base: Annotated[
         Quantized | None,
         typer.Option(

@@ -61,6 +61,10 @@ def summary(report: dict[str, Any], verb: str, path: object) -> Iterable[str]:
     for label, text in facts.items():
         if text:
             yield f"  {label:<{width}}  {text}"
+    if "budget" in report:
+        from .info import describe_budget
+
+        yield from (f"  {line}" for line in describe_budget(report["budget"]))
 
 
 def _fact(key: str, value: Any) -> tuple[str, str]:

@@ -24,13 +24,14 @@ from . import _C, threads
 from .checkpoint import Checkpoint, open_checkpoint
 from .delta import FORMS, Delta, extract_with_checksum
 from .folder import refuse_existing, refuse_full, refuse_inside
-from .forms import Plan, parameters, plan_tensors, stored_bytes
+from .forms import Plan, packable, packed_bytes, parameters, plan_tensors, stored_bytes
 from .info import UNIT, info
 from .packfile_writer import PackfileWriter
 from .residual import Sums, relative, sampled_errors
 from .tensor import Tensor
 
 CONFIG_BYTES_PER_TENSOR = 500  # of delta_config.json, about
+MAX_BITS = 16
 TIMED_BYTES = 64 << 20  # what a dry run reads to estimate the time
 COMPARED_BYTES = 64 << 10  # at a time: changed tensors show it in the first piece
 
@@ -60,7 +61,8 @@ def compress(
         whole: globs of names of tensors to store whole.
         text: what to calibrate on (`bitdelta.calibrate`), a file or dataset; None: sign(d) and mean |d|.
         fit: what calibration fits, "signs" (and scales) or "scales".
-        budget: not part of this version.
+        budget: bits per parameter on average over the tensors that can be packed, scales counted; `planes` and
+            `scale` are then chosen for each tensor by the error on the text (spend.py).
         dry_run: estimate size, memory and time; write nothing.
         progress: a progress bar on stderr.
         quantized_base: take the delta from what the base computes with when it is quantised like this, and so repair
@@ -76,9 +78,8 @@ def compress(
         bitdelta.FormatError: a folder that is not a checkpoint.
         FileExistsError, OSError: `out_dir` exists or cannot be written.
     """
-    start = time.perf_counter()
     whole = (whole,) if isinstance(whole, str) else tuple(whole)
-    _check_options(planes, scale, text, fit, budget)
+    _check_options(planes, scale, text, fit, budget, dry_run)
     refuse_existing(Path(out_dir))
     if quantized_base is not None and not dry_run:
         from .quantized import dequantized
@@ -87,13 +88,27 @@ def compress(
             return compress(
                 weights, finetuned, out_dir, planes, scale, whole, text, fit, budget, progress=progress
             )
-    if text is not None and not dry_run:
-        return _calibrated(base, finetuned, out_dir, planes, scale, whole, text, fit, progress)
     source, target = open_checkpoint(base), open_checkpoint(finetuned)
     refuse_inside(out_dir, source.root, target.root)
-    plans, absent = plan_tensors(source, target, planes, scale, whole)
+    plans, absent = plan_tensors(source, target, planes, "tensor" if budget else scale, whole)
     if dry_run:
-        return _estimate(plans, absent, out_dir)
+        return _estimate(plans, absent, out_dir, budget)
+    if text is None:
+        return _pack(source, target, out_dir, plans, absent, None, progress)
+    return _calibrated((base, finetuned), source, target, out_dir, plans, absent, text, fit, budget, progress)
+
+
+def _pack(
+    source: Checkpoint,
+    target: Checkpoint,
+    out_dir: str | os.PathLike[str],
+    plans: list[Plan],
+    absent: list[str],
+    budget: float | None,
+    progress: bool,
+) -> dict[str, Any]:
+    """Writes what the plans say, without text."""
+    start = time.perf_counter()
     # whole tensors are on the disk twice until the end; see shard.py
     refuse_full(out_dir, _size(plans) + sum(plan.nbytes for plan in plans if plan.entry["form"] == "whole"))
     maps = _hold_maps(source, target)
@@ -107,6 +122,7 @@ def compress(
             names={plan.name: plan.entry for plan in plans},
             absent=absent,
             key=_key(plans, prints, (source, target)),
+            budget=None if budget is None else {"bits": budget},
         ) as writer,
         _bar(plans, progress) as bar,
     ):
@@ -119,32 +135,41 @@ def compress(
 
 
 def _calibrated(
-    base: str | os.PathLike[str],
-    finetuned: str | os.PathLike[str],
+    given: tuple[str | os.PathLike[str], str | os.PathLike[str]],
+    source: Checkpoint,
+    target: Checkpoint,
     out_dir: str | os.PathLike[str],
-    planes: int,
-    scale: str,
-    whole: tuple[str, ...],
+    plans: list[Plan],
+    absent: list[str],
     text: Any,
     fit: str,
+    budget: float | None,
     progress: bool,
 ) -> dict[str, Any]:
-    """Compresses into a folder beside the target, and calibrates from there."""
+    """Packs into a folder beside the target, and calibrates from there."""
     from .calibrate import calibrate
+    from .spend import forget, spend, warn
 
-    target = Path(os.path.abspath(out_dir))
-    plain = target.parent / f".{target.name}.plain"
+    start = time.perf_counter()
+    beside = Path(os.path.abspath(out_dir))
+    plain = beside.parent / f".{beside.name}.plain"
     shutil.rmtree(plain, ignore_errors=True)
     try:
-        report = compress(base, finetuned, plain, planes, scale, whole, progress=progress)
-        found = calibrate(base, finetuned, plain, text, out_dir, fit, progress=progress)
+        if budget is not None:
+            plans = spend(plans, target, text, out_dir, budget, fit, progress)
+        report = _pack(source, target, plain, plans, absent, budget, progress)
+        found = calibrate(*given, plain, text, out_dir, fit, progress=progress)
     finally:
         shutil.rmtree(plain, ignore_errors=True)
-    seconds = round(report["seconds"] + found["seconds"], 3)
-    return {**report, "out": str(out_dir), "calibration": found, "seconds": seconds}
+        forget(out_dir)
+    report |= {"out": str(out_dir), "calibration": found}
+    if "budget" in found:
+        report["budget"] = found["budget"]
+        warn(found["budget"])
+    return {**report, "seconds": round(time.perf_counter() - start, 3)}
 
 
-def _check_options(planes: int, scale: str, text: Any, fit: str, budget: Any) -> None:
+def _check_options(planes: int, scale: str, text: Any, fit: str, budget: Any, dry_run: bool) -> None:
     if type(planes) is not int or not 1 <= planes <= 8:
         raise ValueError(f"planes: expected 1 to 8, got {planes!r}")
     if scale not in FORMS:
@@ -154,7 +179,14 @@ def _check_options(planes: int, scale: str, text: Any, fit: str, budget: Any) ->
     if fit != "signs" and text is None:
         raise ValueError(f"fit: {fit!r} needs a text to fit to")
     if budget is not None:
-        raise ValueError("budget: not part of this version; leave the option out")
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= MAX_BITS:
+            raise ValueError(
+                f"budget: expected bits per parameter, above 0 and up to {MAX_BITS}, got {budget!r}"
+            )
+        if text is None and not dry_run:
+            raise ValueError("budget: needs text to measure errors on")
+        if planes != 1 or scale != "row":
+            raise ValueError("budget: chooses planes and scales for each tensor; leave those options out")
 
 
 def _add(writer: PackfileWriter, plan: Plan, fingerprint: str | None) -> None:
@@ -163,8 +195,12 @@ def _add(writer: PackfileWriter, plan: Plan, fingerprint: str | None) -> None:
     if entry["form"] == "tied":
         writer.add(name, None, tied_to=entry["tied_to"])
         return
-    if base is not None and _is_same(base, tensor):
-        writer.add(name, None, base_crc32c=_C.crc32c(_flat(base)), fingerprint=fingerprint, done=done)
+    is_same = base is not None and _is_same(base, tensor)
+    if base is not None and (is_same or entry["form"] == "same"):
+        about = plan.about | ({} if is_same else {"relative_error": 1.0})
+        writer.add(
+            name, None, base_crc32c=_C.crc32c(_flat(base)), fingerprint=fingerprint, done=done, **about
+        )
     elif base is None or entry["form"] == "whole":
         writer.add(name, tensor.array(), dtype=tensor.dtype, shape=tensor.shape, done=done)
     else:
@@ -210,6 +246,7 @@ def _add_packed(
         base_crc32c=checksum,
         relative_error=None if error is None else round(error, 6),
         fingerprint=fingerprint,
+        **plan.about,
     )
 
 
@@ -252,7 +289,7 @@ def _key(plans: list[Plan], prints: dict[str, str], checkpoints: tuple[Checkpoin
 
     status = [path.stat() for checkpoint in checkpoints for path in checkpoint.weights]
     about = [
-        [[plan.name, plan.entry, prints.get(plan.name)] for plan in plans],
+        [[plan.name, plan.entry, plan.about, prints.get(plan.name)] for plan in plans],
         [[str(checkpoint.root.resolve()) for checkpoint in checkpoints]],
         [[file.st_size, file.st_mtime_ns] for file in status],
     ]
@@ -274,10 +311,14 @@ def _size(plans: list[Plan]) -> int:
     return sum(plan.nbytes + CONFIG_BYTES_PER_TENSOR for plan in plans)
 
 
-def _estimate(plans: list[Plan], absent: list[str], out_dir: str | os.PathLike[str]) -> dict[str, Any]:
+def _estimate(
+    plans: list[Plan], absent: list[str], out_dir: str | os.PathLike[str], budget: float | None
+) -> dict[str, Any]:
     """Sizes from the plans; time from one extraction of at most TIMED_BYTES of the largest pair."""
     size, total = _size(plans), sum(stored_bytes(plan.entry) for plan in plans)
     packed = [plan for plan in plans if "planes" in plan.entry]
+    if budget is not None:
+        size += int(sum(budget * packable(plan.entry) / 8 - packed_bytes(plan) for plan in packed))
     read = sum(map(_read_bytes, plans))
     report = {
         "dry_run": True,

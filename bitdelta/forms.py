@@ -12,8 +12,8 @@ Only names, shapes and dtypes are looked at. Which tensors are the same as the b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ class Plan:
     finetuned: Tensor
     base: Tensor | None  # None: the base does not have it
     entry: dict[str, Any]  # form, planes, shape, dtype, rows, tied_to
+    about: dict[str, Any] = field(default_factory=dict)  # what else the entry will say
 
     @property
     def nbytes(self) -> int:
@@ -79,6 +80,28 @@ def plan_tensors(
             entry = _pair(base[name], tensor, planes, scale, sizes)
         plans.append(Plan(name, tensor, base.get(name), entry))
     return sorted(plans, key=lambda plan: plan.entry["form"] == "tied"), absent
+
+
+def with_form(plan: Plan, form: str, planes: int) -> Plan:
+    """The plan of a tensor that is packed, in another form; 0 planes: as the base's, whatever has changed."""
+    entry = {key: value for key, value in plan.entry.items() if key != "planes"}
+    return replace(
+        plan, entry={**entry, "form": form, "planes": planes} if planes else {**entry, "form": "same"}
+    )
+
+
+def without(plan: Plan) -> Plan | None:
+    """The plan with the base's values; None where those are not of the fine-tune's shape and dtype."""
+    base, finetuned = plan.base, plan.finetuned
+    if base is None or (base.shape, base.dtype) != (finetuned.shape, finetuned.dtype):
+        return None
+    return with_form(plan, "same", 0)
+
+
+def packed_bytes(plan: Plan) -> int:
+    """Bytes of signs and scales; those of added rows are not counted."""
+    keys = keys_of(plan.name, plan.entry)
+    return sum(spec_bytes(spec) for key, spec in keys.items() if key != f"{plan.name}.rows")
 
 
 def _pair(
@@ -193,6 +216,11 @@ def _vocabulary_sizes(config: dict[str, Any]) -> set[int]:
 
 def _entry(tensor: Tensor, **about: Any) -> dict[str, Any]:
     return {**about, "shape": list(tensor.shape), "dtype": tensor.dtype}
+
+
+def packable(entry: Mapping[str, Any]) -> int:
+    """Parameters that the budget counts: all but added rows."""
+    return math.prod(entry["shape"]) - entry.get("rows", 0) * entry["shape"][-1]
 
 
 def parameters(entry: dict[str, Any]) -> int:

@@ -7,7 +7,7 @@ factor             = (bytes of the fine-tune's tensors as it was stored) / (byte
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ FORMS = {
     "rank1": "signs, row and column scales",
     "whole": "stored whole",
     "same": "identical to the base",
+    "left": "changed, but left as in the base",
     "tied": "another name of a tensor above",
 }
 UNIT = "factor = bytes of the fine-tune's tensors / bytes of the delta's files"
@@ -33,8 +34,8 @@ def info(delta_dir: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         A dict that JSON can hold: `tensors` (name, form, planes, shape, parameters, bytes and, where known,
-        relative_error), `forms` (parameters and share of each), `bytes`, `finetuned_bytes`, `factor`, `unit`,
-        `base`.
+        relative_error, output_error, effect), `forms` (parameters and share of each), `bytes`, `finetuned_bytes`,
+        `factor`, `unit`, `base`, and `budget`, where one chose the forms.
 
     Raises:
         bitdelta.FormatError: the folder is not a packfile.
@@ -68,6 +69,7 @@ def info(delta_dir: str | os.PathLike[str]) -> dict[str, Any]:
         "factor": finetuned_bytes / size if size else None,
         "unit": UNIT,
         "forms": forms,
+        **({} if packfile.budget is None else {"budget": packfile.budget}),
         "tensors": tensors,
     }
 
@@ -76,11 +78,15 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
     """The report as lines of text."""
     rows = []
     for tensor in report["tensors"]:
-        error, planes = tensor["relative_error"], tensor["planes"]
-        shape = " x ".join(map(str, tensor["shape"]))
+        planes, shape = tensor["planes"], " x ".join(map(str, tensor["shape"]))
+        errors = [_error(tensor["relative_error"]), _error(tensor["output_error"])]
         numbers = ("" if planes is None else str(planes), shape, f"{tensor['bytes']:,}")
-        rows.append([tensor["name"], tensor["form"], *numbers, "" if error is None else f"{error:.4f}"])
-    yield from table(("tensor", "form", ">planes", ">shape", ">bytes", ">relative error"), rows)
+        rows.append([tensor["name"], tensor["form"], *numbers, *errors])
+    columns = ("tensor", "form", ">planes", ">shape", ">bytes", ">relative error", ">of the output")
+    is_calibrated = any(row[-1] for row in rows)
+    yield from table(
+        columns if is_calibrated else columns[:-1], rows if is_calibrated else [r[:-1] for r in rows]
+    )
     yield ""
     for form, share in report["forms"].items():
         yield f"{form:<8} {share['share']:>7.2%} of the parameters ({share['description']})"
@@ -88,17 +94,41 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
     if report["factor"]:
         yield f"factor {report['factor']:.2f} ({report['unit']})"
         yield f"{report['bits_per_parameter']:.3f} bits per parameter"
+    if "budget" in report:
+        yield from describe_budget(report["budget"])
+
+
+def describe_budget(budget: dict[str, Any]) -> Iterator[str]:
+    """What a budget came to, as lines of text."""
+    share = budget["left"] / budget["effect"] if budget["effect"] else 0.0
+    yield (
+        f"budget: {budget['bits']:g} bits per parameter that can be packed, {budget['bits_per_parameter']:.4f} used; "
+        f"{share:.2%} of the effect on the logits is left out"
+    )
+    for name in budget["too_large"]:
+        yield f"too large for the budget: {name}"
+
+
+def shown_form(entry: Mapping[str, Any]) -> str:
+    """The form of an entry; "left" where the base's values stand for others."""
+    return "left" if entry["form"] == "same" and entry.get("relative_error") else str(entry["form"])
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _tensor(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     """One row of the table from the packfile's entry; what the entry does not record is None."""
     return {
         "name": name,
-        "form": entry["form"],
+        "form": shown_form(entry),
         "planes": entry.get("planes"),
         "shape": list(entry["shape"]),
         "parameters": parameters(entry),
         "bytes": entry.get("bytes", 0),
         "finetuned_bytes": stored_bytes(entry),
         "relative_error": entry.get("relative_error"),
+        "output_error": entry.get("output_error"),
+        "effect": entry.get("effect"),
     }

@@ -19,7 +19,9 @@ An entry: form (also "same" as the base's, and "tied" to another tensor of the f
 fine-tune's tensor, planes, rows (A), bytes, sha256 of the keys' bytes in the order above, fingerprint of the base's
 tensor, base_crc32c of the base's elements that were used, relative_error ||d - approximation|| / ||d|| of d =
 finetuned - base on up to 16 rows, evenly spaced; after `calibrate` output_error ||X (d - approximation)^T|| / ||X d^T||
-on inputs X of the layer that were held out, and output_error_before.
+on inputs X of the layer that were held out, and output_error_before. Of a form chosen by a budget (spend.py) effect,
+the mean squared change of a logit that d makes; "same" with a relative_error (of 1) has changed and is left as the
+base's.
 """
 
 from __future__ import annotations
@@ -179,6 +181,11 @@ class Packfile(Mapping[str, Any]):
         found = self.config.get("files", {})
         return {name: inside(self.root, name) for name, file in found.items() if file["from"] == "delta"}
 
+    @property
+    def budget(self) -> dict[str, Any] | None:
+        """What came of the budget that chose the forms, if one did; see spend.py."""
+        return self.config.get("budget")
+
     def check_base(self, checkpoint: Checkpoint) -> None:
         """Raises BaseMismatchError unless `checkpoint` is the base that this delta was made from.
 
@@ -294,6 +301,7 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
         about = config.get(part, {})
         if not isinstance(about, dict) or not all(isinstance(v, str | None) for v in about.values()):
             raise FormatError(f"{path}: {part}: expected an object of texts")
+    _check_budget(config.get("budget"), path)
     absent, files = config.get("absent", []), config.get("files", {})
     if not isinstance(absent, list) or not all(isinstance(name, str) for name in absent):
         raise FormatError(f"{path}: absent: expected a list of names")
@@ -306,6 +314,17 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
             )
         if not _is_hex(file.get("sha256")):
             raise FormatError(f"{path}: files: {name[:200]!r}: sha256: expected 64 hexadecimal digits")
+
+
+def _check_budget(budget: Any, path: Path) -> None:
+    if budget is None:
+        return
+    names = budget.get("too_large") if isinstance(budget, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise FormatError(f"{path}: budget: expected an object with too_large, a list of names")
+    for field in ("bits", "bits_per_parameter", "effect", "left"):
+        if not _is_error(budget.get(field)):
+            raise FormatError(f"{path}: budget: {field}: expected a number from 0")
 
 
 def is_plain(name: str) -> bool:
@@ -352,13 +371,17 @@ def _check_entry(name: str, entry: Any, path: Path) -> None:
             refuse("base_crc32c", "a number of 32 bits")
     if form in (*PACKED, "whole") and not _is_hex(entry.get("sha256")):
         refuse("sha256", "64 hexadecimal digits")
-    error = entry.get("relative_error")
-    if error is not None and not (type(error) in (int, float) and 0 <= error < math.inf):
-        refuse("relative_error", "a number from 0")
+    for field in ("relative_error", "output_error", "output_error_before", "effect"):
+        if field in entry and not _is_error(entry[field]):
+            refuse(field, "a number from 0")
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
+
+
+def _is_error(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def _is_hex(value: Any) -> bool:

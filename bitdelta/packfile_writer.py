@@ -40,6 +40,7 @@ from .packfile import (
     spec_bytes,
 )
 from .shard import Shard
+from .spend import record
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -60,6 +61,7 @@ class PackfileWriter:
         names: what `add` may be called with besides the base's names: name -> entry, or None for any form.
         absent: names of the base that the fine-tune does not have.
         key: what the result depends on, as JSON; a partial folder with the same key is taken over.
+        budget: the `bits` that the forms were chosen for, or the record of them; see spend.py.
         max_shard_bytes: a file is closed when it holds so much.
 
     Raises:
@@ -80,6 +82,7 @@ class PackfileWriter:
         absent: Iterable[str] = (),
         key: Any = None,
         max_shard_bytes: int = MAX_SHARD_BYTES,
+        budget: Mapping[str, Any] | None = None,
     ) -> None:
         self.base = base
         self.out_dir = Path(out_dir)
@@ -98,6 +101,7 @@ class PackfileWriter:
             spec_bytes(spec) for name in known for spec in keys_of(name, known[name]).values()
         )
         self._max = max_shard_bytes
+        self._budget = budget
         self._shards: list[Shard] = []
         self._journal = -1
         self._thread = ThreadPoolExecutor(1, "bitdelta-writer")
@@ -291,6 +295,7 @@ class PackfileWriter:
             "finetuned": self.finetuned,
             "files": self._copy_files(path),
             "absent": self.absent,
+            **({} if self._budget is None else {"budget": record(self.entries, self._budget)}),
             "tensors": self.entries,
         }
         _write_json(path / CONFIG, config)

@@ -49,9 +49,10 @@ def rewrite(
         finetuned=packfile.config.get("finetuned", {}),
         names=packfile.entries,
         absent=packfile.config.get("absent", ()),
+        budget=packfile.budget,
     ) as writer:
         for name, entry in packfile.entries.items():
-            kept = {key: entry.get(key) for key in ("dtype", "base_crc32c", "fingerprint")}
+            kept = {key: entry.get(key) for key in ("dtype", "base_crc32c", "fingerprint", "effect")}
             if entry["form"] == "tied":
                 writer.add(name, None, tied_to=entry["tied_to"])
             elif entry["form"] in PACKED:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from . import _C
+from .array import to_float32
 from .checkpoint import Checkpoint, open_checkpoint
 from .delta import Delta
 from .errors import FormatError
@@ -146,6 +147,10 @@ def _check_finetuned(
             rows = packfile.rows(name)
             if rows is not None and not _equal(rows, tensor.array()[-rows.shape[0] :]):
                 reasons.append(f"{name}: its added rows are not the fine-tune's")
+        elif entry["form"] == "same" and entry.get("relative_error"):  # left as in the base
+            d = to_float32(tensor.array()) - to_float32(base[name].array())
+            power = float(np.square(d, dtype=np.float64).sum())
+            errors[name], wrong, total = 1.0, wrong + power, total + power
         elif entry["form"] != "tied":
             kept = base[name] if entry["form"] == "same" else packfile.tensors[name]
             if not _equal(kept.array(), tensor.array()):

@@ -291,13 +291,13 @@ from pathlib import Path
 root, out, inputs = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 tokens = np.random.default_rng(1).integers(0, 96, (24, 32))
 module = sys.modules["bitdelta.calibrate"]
-original, done = module._State.save, []
+original, done = module.State.save, []
 def save(self, i, hidden):
     original(self, i, hidden)
     print("layer", i, flush=True)
     if len(sys.argv) > 4 and i == int(sys.argv[4]):
         import time; time.sleep(60)
-module._State.save = save
+module.State.save = save
 bitdelta.set_num_threads(1)
 bitdelta.calibrate(root / "base", root / "finetuned", root / "delta", tokens, out, inputs=inputs, length=32)
 print("done")
