@@ -33,12 +33,16 @@ class Batch:
         tenants: the distinct tenants.
         ids: int64 [B], index in `tenants` or -1.
         vocabulary: how many logits every row has, or None: as many as its tenant's model.
+        prefill: "exact", or "merged": long prompts by expanded weights.
     """
 
-    def __init__(self, tenants: Sequence[Tenant], ids: Ids, vocabulary: int | None = None) -> None:
+    def __init__(
+        self, tenants: Sequence[Tenant], ids: Ids, vocabulary: int | None = None, prefill: str = "exact"
+    ) -> None:
         self.tenants = tuple(tenants)
         self.ids = ids
         self.vocabulary = vocabulary
+        self.prefill = prefill
         self.rows = len(ids)
         self.plans: dict[int, Any] = {}  # id of a wrapper -> what it does with this batch
         present = np.unique(ids)
@@ -83,7 +87,7 @@ class Batch:
         if tenant not in self._parts:
             own = self.ids[self.ids == tenant]
             tenants = () if tenant < 0 else (self.tenants[tenant],)
-            self._parts[tenant] = Batch(tenants, np.minimum(own, 0), self.vocabulary)
+            self._parts[tenant] = Batch(tenants, np.minimum(own, 0), self.vocabulary, self.prefill)
         part = self._parts[tenant]
         part.rows = len(part.ids) * (self.rows // len(self.ids))
         return part

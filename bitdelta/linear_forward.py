@@ -21,11 +21,15 @@ from . import ops
 from .batch import Batch, Ids
 from .change import Change, LowRank, Packed
 from .delta import Delta
-from .linear import STREAM_ROWS
+from .linear import STREAM_ROWS, linear
 from .wrapped import Wrapped
 
 T: TypeAlias = torch.Tensor
 Shape = tuple[int, int]
+
+MERGED_ROWS = (
+    128  # of one tenant, from which expanding its weight by panels pays: at 64 it does not, at 256 it does
+)
 
 
 class LinearPlan:
@@ -179,11 +183,22 @@ class LinearForward(Wrapped):
             y = self.plain(*args, **kwargs)
             out = y.reshape(-1, y.shape[-1])
         else:
-            out = ops.linear(flat, module.weight, module.bias, *plan.of(shape, tenants))
+            deltas, ids = plan.of(shape, tenants)
+            if batch.prefill == "merged" and _is_long(flat, ids):
+                out = linear(flat, module.weight, deltas, ids, module.bias, precision="merged")
+            else:
+                out = ops.linear(flat, module.weight, module.bias, deltas, ids)
         if plan.is_ragged:
             out = _widen(plan, tenants, flat, out)
         out = plan.add(out, flat, tenants, shape, getattr(module, "bias", None), self.is_transposed)
         return out.reshape(*x.shape[:-1], plan.width)
+
+
+def _is_long(x: T, ids: Ids) -> bool:
+    """Whether every tenant has rows enough, and no gradient is wanted."""
+    if len(x) < MERGED_ROWS or torch.is_grad_enabled() and x.requires_grad:
+        return False
+    return bool(np.unique(ids, return_counts=True)[1].min() >= MERGED_ROWS)
 
 
 def _widen(plan: LinearPlan, tenants: Ids, x: T, narrow: T) -> T:

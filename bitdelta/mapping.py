@@ -23,6 +23,7 @@ class Conversion:
     first: str  # the parameter that stands for the group
     model: Any
     sources: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # pattern -> names
+    known: dict[Any, Any] = field(default_factory=dict)  # what `places` has found
 
     @property
     def names(self) -> list[str]:
@@ -42,6 +43,13 @@ class Conversion:
 
         The conversion is run on matrices of one column, which say which row of which tensor they are.
         """
+        key = self.first, tuple(shapes.items())
+        if key not in self.known:
+            self.known[key] = self._places(shapes)
+        found: dict[str, Places] | None = self.known[key]
+        return found
+
+    def _places(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Places] | None:
         if any(len(shape) != 2 for shape in shapes.values()):
             return None
         codes = {name: i * CODE for i, name in enumerate(shapes)}
@@ -92,22 +100,29 @@ class Mapping:
         self.model = model
         self.state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         self.renamings, self.converters = _transforms(model)
+        self._places: dict[Any, Any] = {}
+        self._renamed: dict[str, tuple[str, str | None]] = {}
 
     def map(self, names: Iterable[str]) -> Mapped:
         mapped = Mapped({}, [], [])
         groups: dict[str, Conversion] = {}
         for name in sorted(names, key=_natural):
-            target, pattern = self._rename(name)
+            if name not in self._renamed:
+                self._renamed[name] = self._rename(name)
+            target, pattern = self._renamed[name]
             if target not in self.state:
                 mapped.unknown.append(name)
             elif pattern is None:
                 mapped.parameters[name] = target
             else:
                 converter = next(c for c in self.converters if pattern in c.source_patterns)
-                group = groups.setdefault(target, Conversion(converter, target, self.model))
+                group = groups.setdefault(target, self._conversion(converter, target))
                 group.sources[pattern].append(name)
         mapped.conversions = list(groups.values())
         return mapped
+
+    def _conversion(self, converter: Any, target: str) -> Conversion:
+        return Conversion(converter, target, self.model, known=self._places)
 
     def _rename(self, name: str) -> tuple[str, str | None]:
         try:

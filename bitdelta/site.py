@@ -28,6 +28,7 @@ class Site:
         for name, parameter in self.parameters.items():
             groups[id(parameter)].append(name)
         self.aliases = {name: group for group in groups.values() for name in group}
+        self._owners: dict[str, tuple[str, str]] = {}
         self.head = self._path(_embeddings(model, "output"))
         self.table = self._path(_embeddings(model, "input"))
         self.vocabulary = None if self.head is None else int(self._rows(self.head))
@@ -59,8 +60,11 @@ class Site:
 
     def owner(self, parameter: str) -> tuple[str, str]:
         """The module that uses a parameter, and the parameter's name within it."""
-        path = owner(self.model, parameter)
-        return path, parameter[len(path) :].lstrip(".")
+        found = self._owners.get(parameter)
+        if found is None:
+            path = owner(self.model, parameter)
+            found = self._owners[parameter] = path, parameter[len(path) :].lstrip(".")
+        return found
 
     def by_module(self, changes: dict[str, Change]) -> dict[str, dict[str, Change]]:
         found: dict[str, dict[str, Change]] = defaultdict(dict)
@@ -71,11 +75,11 @@ class Site:
 
     def check(self, parameter: str, change: Change, where: str) -> None:
         """Raises BaseMismatchError where the change has a shape that the module cannot have."""
-        path, local = self.owner(parameter)
-        module = self.model.get_submodule(path)
         base, own = self.shape(parameter), change.shape
         if base == own:
             return
+        path, local = self.owner(parameter)
+        module = self.model.get_submodule(path)
         rows_may_differ = issubclass(kind_of(module), LinearForward | EmbeddingForward) or local == "bias"
         if base[1:] != own[1:] or len(base) != len(own) or not rows_may_differ:
             raise BaseMismatchError(

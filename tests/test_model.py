@@ -307,3 +307,36 @@ def test_inputs_have_the_gradients_of_the_merged_models(llama):
         alone = x[row : row + 1].clone().requires_grad_()
         plain[i](inputs_embeds=alone).logits.square().sum().backward()
         assert (own.grad[row] - alone.grad[0]).abs().max() <= 3e-3 * alone.grad.abs().max()
+
+
+@torch.no_grad()
+def test_long_prompts_may_be_multiplied_with_expanded_weights(half, monkeypatch):
+    import bitdelta.linear_forward
+
+    models = {kind: DeltaModel.from_pretrained(half / "base", prefill=kind) for kind in ("exact", "merged")}
+    for model in models.values():
+        for i in range(2):
+            model.load_delta(f"t{i}", half / f"delta-{i}")
+    seen = []
+    product = bitdelta.linear_forward.linear
+
+    def linear(*args, **kwargs):
+        seen.append(kwargs["precision"])
+        return product(*args, **kwargs)
+
+    monkeypatch.setattr(bitdelta.linear_forward, "linear", linear)
+    ids, names = tokens(3, 32), ["t0", None, "t1"]
+    monkeypatch.setattr(bitdelta.linear_forward, "MERGED_ROWS", 32)
+    exact, found = (models[kind](ids, delta_names=names).logits for kind in ("exact", "merged"))
+    assert seen == ["merged"] * 15  # seven linears a layer, and the head
+    for row, who in enumerate([0, None, 1]):
+        wanted = merged(half, who)(ids[row : row + 1]).logits[0]
+        assert (found[row] - wanted).abs().mean() <= 0.02 * wanted.abs().mean()
+    short = ids[:, :31]
+    seen.clear()
+    assert torch.equal(
+        models["exact"](short, delta_names=names).logits, models["merged"](short, delta_names=names).logits
+    )
+    assert not seen and not torch.equal(exact, found)
+    with pytest.raises(ValueError, match="prefill: expected 'exact' or 'merged', got 'fast'"):
+        DeltaModel.from_pretrained(half / "base", prefill="fast")
