@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from .split_forward import NormForward, SplitForward, broadcasts
 from .wrapped import Wrapped
 
 CACHES = {"past_key_values", "past_key_value", "layer_past", "cache_params", "cache"}
+ABOUT = "dtype|device|shape|size|ndim|dim|numel"  # of a parameter, not its values
 EXPERTS = re.compile(r"(.+)\.experts\.\d+(?:\..+)?")  # experts see the tokens that the router sends them
 
 
@@ -79,12 +81,35 @@ def _are_positions(tokens: torch.Tensor, rows: int) -> bool:
 
 
 def owner(model: nn.Module, parameter: str) -> str:
-    """The path of the module that uses a parameter in its forward."""
-    path, _, _ = parameter.rpartition(".")
-    parent = path.rpartition(".")[0]
-    if path and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
-        return parent  # it reads the weights of its out_proj itself
+    """The path of the module that uses a parameter in its forward: the one that holds it, or a reader around it."""
+    path, _, leaf = parameter.rpartition(".")
+    parent_path, _, child = path.rpartition(".")
+    if not path:
+        return path
+    parent: Any = type(model.get_submodule(parent_path))
+    is_linear = hasattr(model.get_submodule(path), "in_features")
+    if issubclass(parent, nn.MultiheadAttention) or _reads(parent, child, leaf, is_linear):
+        return parent_path
     return path
+
+
+@cache
+def _reads(module: Any, child: str, leaf: str, is_linear: bool) -> bool:
+    """Whether a class uses the values of `self.child.leaf` itself, as its source says.
+
+    Of a linear that it calls elsewhere, what it reads is for special cases (BLOOM's pretraining_tp).
+    """
+    read = re.compile(rf"\bself\.{re.escape(child)}\.{re.escape(leaf)}\b(?!\.(?:{ABOUT})\b)")
+    sources = []
+    for name, function in inspect.getmembers(module, inspect.isfunction):
+        if not name.startswith(("__", "_init", "reset_")) and not function.__module__.startswith("torch."):
+            try:
+                sources.append(inspect.getsource(function))
+            except OSError:  # made while the program runs
+                continue
+    if is_linear and any(f"self.{child}(" in source for source in sources):
+        return False
+    return any(read.search(source) for source in sources)
 
 
 def install(model: nn.Module, path: str) -> Iterator[Wrapped]:
@@ -125,7 +150,8 @@ def kind_of(module: nn.Module) -> type[Wrapped]:
     if name == "Conv1D" and hasattr(module, "nf"):
         return Conv1DForward
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return LinearForward
+        is_own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+        return RouterForward if is_own and is_router(module) else LinearForward
     if isinstance(module, nn.Embedding) and module.max_norm is None:
         if type(module).forward is nn.Embedding.forward or "ScaledWordEmbedding" in name:
             return EmbeddingForward

@@ -21,6 +21,10 @@ def shift(model, seed, size=0.03):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += size * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        saved = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in saved and buffer.is_floating_point():
+                buffer += size * torch.rand(buffer.shape, generator=generator).to(buffer.dtype)
     return model
 
 

@@ -1,10 +1,11 @@
-"""Sixteen architectures, tiny and random: every row of a mixed batch equals the merged model of its tenant."""
+"""Twenty architectures, tiny and random: every row of a mixed batch equals the merged model of its tenant."""
 
 import pytest
 import torch
 import transformers as tf
 from models import llama_config, make, merged
 
+from bitdelta.errors import Error
 from bitdelta.model import DeltaModel
 
 SMALL = {
@@ -47,6 +48,18 @@ ARCHITECTURES = {
     "qwen2-moe": (
         lambda: tf.Qwen2MoeConfig(**MOE, num_experts=4, shared_expert_intermediate_size=48, decoder_sparse_step=1),
         "Qwen2MoeForCausalLM",
+    ),
+    "phimoe": (
+        lambda: tf.PhimoeConfig(**SMALL, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2),
+        "PhimoeForCausalLM",
+    ),
+    "deepseek-v3": (
+        lambda: tf.DeepseekV3Config(
+            **SMALL | {"num_hidden_layers": 1}, num_key_value_heads=4, n_routed_experts=8, num_experts_per_tok=2,
+            moe_intermediate_size=48, n_group=2, topk_group=1, first_k_dense_replace=0, q_lora_rank=16,
+            kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_shared_experts=1,
+        ),
+        "DeepseekV3ForCausalLM",
     ),
     "t5": (
         lambda: tf.T5Config(
@@ -125,3 +138,29 @@ def test_rows_of_several_tenants_equal_their_merged_models(name, tmp_path):
         for row, who in enumerate(WHO):
             wanted = plain[who].generate(batch["input_ids"][row : row + 1], **options)[0]
             assert found[row, : len(wanted)].tolist() == wanted.tolist()
+
+
+REFUSED = {
+    "mamba": (
+        lambda: tf.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, state_size=8, **ENDS),
+        "MambaForCausalLM",
+        "mixer: MambaMixer holds changed parameters itself",
+    ),
+    "lfm2": (  # reads the weight of its convolution itself when there is a cache
+        lambda: tf.Lfm2Config(**SMALL, num_key_value_heads=2, layer_types=["conv", "full_attention"]),
+        "Lfm2ForCausalLM",
+        "conv: Lfm2ShortConv holds changed parameters itself",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_architecture_that_keeps_parameters_beside_its_cache_is_refused_by_name(name, tmp_path):
+    config, cls, words = REFUSED[name]
+    make(tmp_path, config(), getattr(tf, cls), tenants=1)
+    model = DeltaModel.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    with pytest.raises(Error, match=words):
+        model.load_delta("t0", tmp_path / "delta-0")
+    ids = inputs(name, 2)
+    with torch.no_grad():
+        assert torch.equal(model(**ids).logits, merged(tmp_path, None, getattr(tf, cls))(**ids).logits)
