@@ -11,16 +11,10 @@
 namespace bd_gpu
 {
 
-static thread_local launch_state *launch_of_thread;
+__thread launch_state *current_launch;
 static thread_local char message[512];
 static thread_local int
     failed_outside; /* host code of a launcher went wrong: its launch is refused */
-
-launch_state *
-current()
-{
-    return launch_of_thread;
-}
 
 static int
 name_thread(const launch_state *launch, char *out, size_t n_bytes)
@@ -39,7 +33,7 @@ name_thread(const launch_state *launch, char *out, size_t n_bytes)
 void
 fail(const char *format, ...)
 {
-    launch_state *launch = launch_of_thread;
+    launch_state *launch = current_launch;
     int n = launch == nullptr ? 0 : name_thread(launch, message, sizeof message);
     n = n < 0 || n >= static_cast<int>(sizeof message) ? 0 : n;
     va_list arguments;
@@ -63,25 +57,25 @@ fail(const char *format, ...)
 dim3
 thread_index()
 {
-    return launch_of_thread->running->index;
+    return current_launch->running->index;
 }
 
 dim3
 block_index()
 {
-    return launch_of_thread->block;
+    return current_launch->block;
 }
 
 dim3
 block_size()
 {
-    return launch_of_thread->shape.block;
+    return current_launch->shape.block;
 }
 
 dim3
 grid_size()
 {
-    return launch_of_thread->shape.grid;
+    return current_launch->shape.grid;
 }
 
 /* ---- waiting ---- */
@@ -108,6 +102,7 @@ wait(launch_state *launch, thread_state state, function at, unsigned mask, const
     own->mask = mask;
     own->file = file;
     own->line = line;
+    launch->waiting[own->id / 32] |= state == WAITS_FOR_WARP ? 1u << (own->id & 31u) : 0u;
     bd_gpu_switch(&own->state_of_cpu, &launch->scheduler);
 }
 
@@ -125,11 +120,12 @@ pass_time(launch_state *launch)
 void
 sync_threads(const char *file, int line)
 {
-    launch_state *launch = launch_of_thread;
+    launch_state *launch = current_launch;
     if (launch->n_at_barrier == 0) {
         launch->barrier_file = file;
         launch->barrier_line = line;
-    } else if (launch->barrier_line != line || strcmp(launch->barrier_file, file) != 0) {
+    } else if (launch->barrier_line != line ||
+               (launch->barrier_file != file && strcmp(launch->barrier_file, file) != 0)) {
         fail(
             "divergent barrier: it is at __syncthreads of %s:%d, others of its block wait at that "
             "of %s:%d",
@@ -298,10 +294,20 @@ check_mask(const launch_state *launch, function which, unsigned mask, const exch
 void
 warp(function which, unsigned mask, exchange *own_lane, const char *file, int line)
 {
-    launch_state *launch = launch_of_thread;
+    launch_state *launch = current_launch;
     mask = check_mask(launch, which, mask, own_lane, file, line);
     thread *own = launch->running;
-    thread *lanes = launch->threads + (own->id & ~31u);
+    const unsigned first = own->id & ~31u, own_bit = 1u << (own->id & 31u);
+    if (mask & launch->absent[first / 32]) {
+        fail("%s: mask 0x%08x names lane %d, which has returned or never was (%s:%d)", NAMES[which],
+             mask, __builtin_ctz(mask & launch->absent[first / 32]), base_name(file), line);
+    }
+    if (mask & ~(launch->waiting[first / 32] | own_bit)) {
+        own->lane = own_lane;
+        wait(launch, WAITS_FOR_WARP, which, mask, file, line);
+        return;
+    }
+    thread *lanes = launch->threads + first;
     warp_lanes w = {};
     w.mask = mask;
     for (unsigned i = 0; i < 32; i++) {
@@ -309,12 +315,7 @@ warp(function which, unsigned mask, exchange *own_lane, const char *file, int li
             continue;
         }
         thread *other = lanes + i;
-        if ((own->id & ~31u) + i >= launch->n_threads || other->state == RETURNED) {
-            fail("%s: mask 0x%08x names lane %u, which has returned or never was (%s:%d)",
-                 NAMES[which], mask, i, base_name(file), line);
-        }
-        const int is_here = other == own || (other->state == WAITS_FOR_WARP && other->at == which &&
-                                             other->mask == mask);
+        const int is_here = other == own || (other->at == which && other->mask == mask);
         if (!is_here) {
             own->lane = own_lane;
             wait(launch, WAITS_FOR_WARP, which, mask, file, line);
@@ -323,6 +324,7 @@ warp(function which, unsigned mask, exchange *own_lane, const char *file, int li
         w.lane[i] = other == own ? own_lane : other->lane;
         w.n_lanes++;
     }
+    launch->waiting[first / 32] &= ~mask;
     complete(launch, w, which, own->id / 32);
     for (unsigned i = 0; i < 32; i++) {
         if (mask >> i & 1u) {
@@ -336,10 +338,11 @@ warp(function which, unsigned mask, exchange *own_lane, const char *file, int li
 static void
 enter_thread()
 {
-    launch_state *launch = launch_of_thread;
+    launch_state *launch = current_launch;
     launch->call(reinterpret_cast<void *>(launch->parameters));
     check_copies_landed(launch->running);
     launch->running->state = RETURNED;
+    launch->absent[launch->running->id / 32] |= 1u << (launch->running->id & 31u);
     bd_gpu_switch(&launch->running->state_of_cpu, &launch->scheduler);
 }
 
@@ -400,6 +403,12 @@ static void
 run_block(launch_state *launch, int descending)
 {
     launch->n_at_barrier = 0;
+    for (unsigned warp = 0; warp < BD_MAX_THREADS / 32; warp++) {
+        const unsigned n_lanes =
+            32 * warp < launch->n_threads ? min(32u, launch->n_threads - 32 * warp) : 0;
+        launch->absent[warp] = n_lanes == 32 ? 0 : ~0u << n_lanes;
+        launch->waiting[warp] = 0;
+    }
     start_block(launch);
     for (unsigned i = 0; i < launch->n_threads; i++) {
         thread *own = launch->threads + i;
@@ -474,6 +483,7 @@ place_threads(launch_state *launch)
         thread *own = launch->threads + i;
         own->id = i;
         own->index = dim3(i % block.x, i / block.x % block.y, i / block.x / block.y);
+        own->copies = launch->copies + size_t{i} * BD_MAX_COPIES;
         own->stack = launch->stacks + (i + 1) * BD_STACK_BYTES; /* the first is what may overflow */
     }
 }
@@ -481,7 +491,7 @@ place_threads(launch_state *launch)
 bd_status
 run(const launch_shape &shape, void (*call)(void *), void *parameters, size_t n_bytes)
 {
-    if (launch_of_thread != nullptr) {
+    if (current_launch != nullptr) {
         fail("%s: a launch within a kernel", shape.name);
         return BD_ERR_CUDA;
     }
@@ -507,18 +517,21 @@ run(const launch_shape &shape, void (*call)(void *), void *parameters, size_t n_
         mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     launch.stacks = stacks == MAP_FAILED ? nullptr : static_cast<char *>(stacks);
     launch.threads = static_cast<thread *>(calloc(launch.n_threads, sizeof(thread)));
+    launch.copies = static_cast<copy *>(calloc(launch.n_threads, BD_MAX_COPIES * sizeof(copy)));
     bd_status status = BD_ERR_MEMORY;
-    if (launch.stacks != nullptr && launch.threads != nullptr && start_memory(&launch) == BD_OK) {
+    if (launch.stacks != nullptr && launch.threads != nullptr && launch.copies != nullptr &&
+        start_memory(&launch) == BD_OK) {
         place_threads(&launch);
         const bd_float_state state = bd_set_float_state();
-        launch_of_thread = &launch;
+        current_launch = &launch;
         run_blocks(&launch);
-        launch_of_thread = nullptr;
+        current_launch = nullptr;
         bd_restore_float_state(state);
         status = launch.has_failed ? BD_ERR_CUDA : BD_OK;
     }
     end_memory(&launch);
     free(launch.threads);
+    free(launch.copies);
     if (launch.stacks != nullptr) {
         (void)munmap(launch.stacks, stack_bytes);
     }

@@ -130,8 +130,11 @@ struct launch_shape {
 };
 bd_status run(const launch_shape &shape, void (*call)(void *), void *parameters, size_t n_bytes);
 
+/* What these do to their own variables need not be watched. */
+#define BD_UNWATCHED __attribute__((no_sanitize("thread"))) inline
+
 template <class T>
-inline T
+BD_UNWATCHED T
 shuffle(function which, unsigned mask, T value, int operand, int width, const char *file, int line)
 {
     static_assert(std::is_trivially_copyable<T>::value && (sizeof(T) == 4 || sizeof(T) == 8),
@@ -145,7 +148,7 @@ shuffle(function which, unsigned mask, T value, int operand, int width, const ch
     return value;
 }
 
-inline void
+BD_UNWATCHED void
 mma(function which, int d[4], const unsigned a[4], const unsigned b[2], const char *file, int line)
 {
     exchange lane = {};
@@ -190,7 +193,7 @@ __syncthreads(BD_PLACE)
 {
     bd_gpu::sync_threads(file, line);
 }
-static inline void
+static BD_UNWATCHED void
 __syncwarp(unsigned mask = 0xFFFFFFFFu, BD_PLACE)
 {
     bd_gpu::exchange lane = {};
@@ -222,7 +225,7 @@ __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32, BD_P
     return bd_gpu::shuffle(bd_gpu::SHUFFLE_DOWN, mask, value, static_cast<int>(distance), width,
                            file, line);
 }
-static inline unsigned
+static BD_UNWATCHED unsigned
 __ballot_sync(unsigned mask, int predicate, BD_PLACE)
 {
     bd_gpu::exchange lane = {};
@@ -255,7 +258,7 @@ __ldg(const T *address)
 
 /* int, unsigned and unsigned long long alone: sums of floats would depend on the order. */
 template <class T>
-static __attribute__((no_sanitize("thread"))) inline T
+static BD_UNWATCHED T
 atomicAdd(T *address, std::common_type_t<T> value)
 {
     static_assert(std::is_same<T, int>::value || std::is_same<T, unsigned>::value ||
@@ -268,7 +271,7 @@ atomicAdd(T *address, std::common_type_t<T> value)
     return before;
 }
 template <class T>
-static __attribute__((no_sanitize("thread"))) inline T
+static BD_UNWATCHED T
 atomicMin(T *address, std::common_type_t<T> value)
 {
     static_assert(std::is_same<T, int>::value || std::is_same<T, unsigned>::value ||

@@ -58,7 +58,7 @@ struct thread {
     int has_seen;      /* by an atomic, what other blocks have published */
     unsigned n_groups; /* of copies, closed */
     int n_copies;
-    copy copies[BD_MAX_COPIES];
+    copy *copies; /* BD_MAX_COPIES, apart: threads are walked over often */
 };
 
 struct block_record {
@@ -72,6 +72,7 @@ struct launch_state {
     uintptr_t parameters, parameters_end;
     unsigned n_threads;
     thread *threads;
+    copy *copies;
     char *stacks;
     context scheduler;
     thread *running;
@@ -80,6 +81,8 @@ struct launch_state {
 
     uint64_t block_time;
     uint64_t warp_time[BD_MAX_THREADS / 32];
+    unsigned waiting[BD_MAX_THREADS / 32]; /* lanes that wait at a warp function */
+    unsigned absent[BD_MAX_THREADS / 32];  /* lanes that have returned or never were */
     unsigned n_at_barrier;
     const char *barrier_file;
     int barrier_line;
@@ -95,8 +98,18 @@ struct launch_state {
     int has_acquired;     /* this block may read what earlier ones have published */
 };
 
-/* The launch that the calling thread runs, or NULL. */
-launch_state *current();
+/* The launch that the calling thread runs, or NULL. It is asked for at every access. */
+#if defined(__ELF__)
+extern __thread launch_state *current_launch
+    __attribute__((tls_model("initial-exec"), visibility("hidden")));
+#else
+extern __thread launch_state *current_launch;
+#endif
+static inline launch_state *
+current()
+{
+    return current_launch;
+}
 
 /* Ends the launch with a message that names kernel, block and thread. In a coroutine it does not return;
  * in the scheduler and outside a launch it does. */

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -39,6 +40,8 @@ EMULATION_FLAGS = ["-std=c++17", "-DBD_EMULATE", "-O2", "-ffp-contract=off", *IN
 EMULATION_FLAGS += ["-Wall", "-Wextra", "-Wconversion", "-Wno-sign-conversion"]
 # The calls that emulation_memory.cpp answers; in kernels alone.
 UNDEFINED = "alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero,float-cast-overflow"
+if platform.machine() in ("x86_64", "AMD64"):
+    EMULATION_FLAGS.append("-march=x86-64-v2")  # popcnt
 WATCH_FLAGS = ["-x", "c++", "-fsanitize=thread", f"-fsanitize={UNDEFINED}"]
 WATCH_FLAGS += ["-fno-tree-vectorize", "-fno-tree-slp-vectorize"]
 
