@@ -130,6 +130,11 @@ def dtype_name(array: Tensor, name: str = "array") -> str:
     return str(found)
 
 
+def flat_bytes(array: np.ndarray) -> NDArray[np.uint8]:
+    """An array's bytes, in C order; a view where they lie so."""
+    return np.ascontiguousarray(array).view(np.ndarray).reshape(-1).view(np.uint8)
+
+
 def to_float32(array: Tensor) -> NDArray[np.float32]:
     """The values as NumPy fp32, exactly; fp32 itself is not copied.
 

@@ -35,7 +35,8 @@ from .hidden import State
 from .inputs import F32, Inputs
 from .packfile import PACKED, Packfile, load
 from .packfile_writer import PackfileWriter
-from .residual import relative, sampled_errors, squared_errors
+from .progress import progress_bar
+from .residual import relative, sample, squared_errors
 from .spend import record
 from .table import table
 
@@ -181,13 +182,11 @@ class _Run:
         key: dict[str, Any],
         progress: bool,
     ) -> None:
-        from tqdm.auto import tqdm
-
         self.packfile, self.source, self.target, self.writer = packfile, source, target, writer
         self.tokens, self.settings = tokens, key
         self.n_held_out = max(1, len(tokens) // HELD_OUT)
         self.wanted = {name: e for name, e in packfile.entries.items() if e["form"] in PACKED}
-        self.bar = tqdm(total=len(packfile.entries), unit=" tensors", desc="calibrate", disable=not progress)
+        self.bar = progress_bar("calibrate", len(packfile.entries), progress, " tensors")
         self.bar.update(len(writer.entries))
         self.mode = ""
         self.fitted: dict[str, Delta] = {}  # of the layer at hand
@@ -281,7 +280,7 @@ class _Run:
             chosen, new = plain, old
         self.fitted[name] = chosen
         if name not in self.writer.entries:
-            self._write(name, chosen, relative(sampled_errors(before, after, chosen)), old, new)
+            self._write(name, chosen, relative(sample(before, after, chosen)), old, new)
 
     def _pair(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         before, after = self.source[name].array(), self.target[name].array()

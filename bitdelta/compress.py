@@ -21,16 +21,19 @@ from typing import Any
 import numpy as np
 
 from . import _C, threads
+from .array import flat_bytes
 from .checkpoint import Checkpoint, open_checkpoint
 from .delta import FORMS, Delta, extract_with_checksum
 from .folder import refuse_existing, refuse_full, refuse_inside
 from .forms import Plan, packable, packed_bytes, parameters, plan_tensors, stored_bytes
 from .info import UNIT, info
-from .packfile_writer import PackfileWriter
-from .residual import Sums, relative, sampled_errors
+from .packfile import PACKED, Packfile, load
+from .packfile_writer import PackfileWriter, header_room
+from .progress import progress_bar
+from .residual import relative, sample
 from .tensor import Tensor
 
-CONFIG_BYTES_PER_TENSOR = 500  # of delta_config.json, about
+CONFIG_BYTES = 1000  # of delta_config.json without its tensors, about
 MAX_BITS = 16
 TIMED_BYTES = 64 << 20  # what a dry run reads to estimate the time
 COMPARED_BYTES = 64 << 10  # at a time: changed tensors show it in the first piece
@@ -92,7 +95,7 @@ def compress(
     refuse_inside(out_dir, source.root, target.root)
     plans, absent = plan_tensors(source, target, planes, "tensor" if budget else scale, whole)
     if dry_run:
-        return _estimate(plans, absent, out_dir, budget)
+        return _estimate(plans, absent, out_dir, source, budget)
     if text is None:
         return _pack(source, target, out_dir, plans, absent, None, progress)
     return _calibrated((base, finetuned), source, target, out_dir, plans, absent, text, fit, budget, progress)
@@ -110,7 +113,9 @@ def _pack(
     """Writes what the plans say, without text."""
     start = time.perf_counter()
     # whole tensors are on the disk twice until the end; see shard.py
-    refuse_full(out_dir, _size(plans) + sum(plan.nbytes for plan in plans if plan.entry["form"] == "whole"))
+    refuse_full(
+        out_dir, _size(plans, source) + sum(plan.nbytes for plan in plans if plan.entry["form"] == "whole")
+    )
     maps = _hold_maps(source, target)
     prints = {plan.name: plan.base.fingerprint() for plan in plans if plan.base is not None}
     with (
@@ -124,7 +129,7 @@ def _pack(
             key=_key(plans, prints, (source, target)),
             budget=None if budget is None else {"bits": budget},
         ) as writer,
-        _bar(plans, progress) as bar,
+        progress_bar("compress", sum(map(_read_bytes, plans)), progress) as bar,
     ):
         for plan in plans:
             if plan.name not in writer.entries:
@@ -199,7 +204,12 @@ def _add(writer: PackfileWriter, plan: Plan, fingerprint: str | None) -> None:
     if base is not None and (is_same or entry["form"] == "same"):
         about = plan.about | ({} if is_same else {"relative_error": 1.0})
         writer.add(
-            name, None, base_crc32c=_C.crc32c(_flat(base)), fingerprint=fingerprint, done=done, **about
+            name,
+            None,
+            base_crc32c=_C.crc32c(flat_bytes(base.array())),
+            fingerprint=fingerprint,
+            done=done,
+            **about,
         )
     elif base is None or entry["form"] == "whole":
         writer.add(name, tensor.array(), dtype=tensor.dtype, shape=tensor.shape, done=done)
@@ -233,10 +243,9 @@ def _add_packed(
     value: Delta | list[Delta]
     if len(entry["shape"]) == 2:
         value, checksum = _extract(plan, "", before, after)
-        sums = sampled_errors(before, after, value)
     else:
-        value, checksum, sums = _extract_stack(plan, before, after)
-    error = relative(sums)
+        value, checksum = _extract_stack(plan, before, after)
+    error = relative(sample(before, after, value))
     writer.add(
         plan.name,
         value,
@@ -257,30 +266,23 @@ def _extract(plan: Plan, index: str, before: np.ndarray, after: np.ndarray) -> t
         raise ValueError(f"{plan.name}{index}: {error}") from error
 
 
-def _extract_stack(plan: Plan, before: np.ndarray, after: np.ndarray) -> tuple[list[Delta], int, Sums]:
-    """A stack of matrices [E, N, K], one after the other; the error's sample is of the first and the last one."""
-    deltas, checksum, wrong, total = [], 0, 0.0, 0.0
+def _extract_stack(plan: Plan, before: np.ndarray, after: np.ndarray) -> tuple[list[Delta], int]:
+    """A stack of matrices [E, N, K], one after the other."""
+    deltas, checksum = [], 0
     for i in range(len(after)):
         delta, own = _extract(plan, f"[{i}]", before[i], after[i])
         deltas.append(delta)
         checksum = _C.crc32c_combine(checksum, own, before[i].nbytes)
-        if i in (0, len(after) - 1):
-            sums = sampled_errors(before[i], after[i], delta)
-            wrong, total = wrong + sums[0], total + sums[1]
-    return deltas, checksum, (wrong, total)
+    return deltas, checksum
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and bytes; looks no further than the first difference."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    x, y = _flat(a), _flat(b)
+    x, y = flat_bytes(a.array()), flat_bytes(b.array())
     step = COMPARED_BYTES
     return all(np.array_equal(x[at : at + step], y[at : at + step]) for at in range(0, x.size, step))
-
-
-def _flat(tensor: Tensor) -> np.ndarray:
-    return tensor.array().view(np.ndarray).reshape(-1).view(np.uint8)
 
 
 def _key(plans: list[Plan], prints: dict[str, str], checkpoints: tuple[Checkpoint, ...]) -> dict[str, str]:
@@ -300,22 +302,33 @@ def _read_bytes(plan: Plan) -> int:
     return plan.finetuned.nbytes + (plan.base.nbytes if plan.base is not None else 0)
 
 
-def _bar(plans: list[Plan], progress: bool) -> Any:
-    from tqdm.auto import tqdm
+def _size(plans: list[Plan], base: Checkpoint) -> int:
+    """Bytes of the delta: its tensors' with the file's header, and those of delta_config.json, about."""
+    header = header_room(base, {plan.name: plan.entry for plan in plans})
+    return header + CONFIG_BYTES + sum(plan.nbytes + _entry_bytes(plan) for plan in plans)
 
-    total = sum(map(_read_bytes, plans))
-    return tqdm(total=total, unit="B", unit_scale=True, desc="compress", disable=not progress)
 
-
-def _size(plans: list[Plan]) -> int:
-    return sum(plan.nbytes + CONFIG_BYTES_PER_TENSOR for plan in plans)
+def _entry_bytes(plan: Plan) -> int:
+    """Of the entry in delta_config.json, with digests as long as they will be."""
+    digests = {
+        "sha256": "0" * 64,
+        "fingerprint": "0" * 64,
+        "base_crc32c": 1 << 31,
+        "relative_error": 0.123456,
+    }
+    known = digests if plan.entry["form"] in PACKED else {"sha256": "0" * 64}
+    return len(json.dumps({plan.name: {**plan.entry, "bytes": plan.nbytes, **known}}))
 
 
 def _estimate(
-    plans: list[Plan], absent: list[str], out_dir: str | os.PathLike[str], budget: float | None
+    plans: list[Plan],
+    absent: list[str],
+    out_dir: str | os.PathLike[str],
+    base: Checkpoint,
+    budget: float | None,
 ) -> dict[str, Any]:
     """Sizes from the plans; time from one extraction of at most TIMED_BYTES of the largest pair."""
-    size, total = _size(plans), sum(stored_bytes(plan.entry) for plan in plans)
+    size, total = _size(plans, base), sum(stored_bytes(plan.entry) for plan in plans)
     packed = [plan for plan in plans if "planes" in plan.entry]
     if budget is not None:
         size += int(sum(budget * packable(plan.entry) / 8 - packed_bytes(plan) for plan in packed))
@@ -364,7 +377,6 @@ def _report(
     """What `info` reads back from the folder, without the table of tensors, and how long it took."""
     found = info(out_dir)
     errors = [tensor for tensor in found["tensors"] if tensor["relative_error"] is not None]
-    count = sum(tensor["parameters"] for tensor in errors)
     worst = max(errors, key=lambda tensor: tensor["relative_error"], default=None)
     read = sum(map(_read_bytes, plans))
     return {
@@ -376,11 +388,20 @@ def _report(
         "bits_per_parameter": found["bits_per_parameter"],
         "factor": found["factor"],
         "unit": found["unit"],
-        "relative_error": sum(t["relative_error"] * t["parameters"] for t in errors) / count
-        if count
-        else None,
+        "relative_error": _relative_error(plans, load(out_dir)),
         "largest_error": None if worst is None else f"{worst['name']} {worst['relative_error']:.4f}",
         "threads": threads.get_num_threads(),
         "seconds": round(seconds, 3),
         "gb_per_second": round(read / seconds / 1e9, 3),
     }
+
+
+def _relative_error(plans: list[Plan], packfile: Packfile) -> float | None:
+    """Over all tensors with signs, and those left as in the base, from the sample that each entry's error is of."""
+    wrong = total = 0.0
+    for plan in plans:
+        if plan.base is not None and packfile.entries[plan.name].get("relative_error") is not None:
+            value: Any = packfile[plan.name]
+            sums = sample(plan.base.array(), plan.finetuned.array(), value)
+            wrong, total = wrong + sums[0], total + sums[1]
+    return relative((wrong, total)) if total else None

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .array import flat_bytes
 from .delta import Delta
 from .packfile import PACKED, Spec, keys_of, spec_bytes
 from .tensor import DTYPES, Tensor
@@ -84,7 +85,7 @@ def _packed(value: Delta | Sequence[Delta], rows: np.ndarray | None, dtype: str)
 
 def bytes_of(key: str, spec: Spec, array: np.ndarray) -> memoryview:
     """The bytes that the file holds for a key; a view where the array is contiguous."""
-    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    flat = flat_bytes(array)
     if flat.nbytes != spec_bytes(spec):
         raise ValueError(
             f"add: {key}: expected {spec[0]} {list(spec[1])}, got {array.dtype} {list(array.shape)}"

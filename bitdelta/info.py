@@ -1,7 +1,10 @@
 """What a packed delta holds: per tensor its form, bytes and error; its size against the fine-tune.
 
-bits per parameter = 8 * (bytes of the delta's files) / (parameters of the fine-tune)
-factor             = (bytes of the fine-tune's tensors as it was stored) / (bytes of the delta's files)
+bits per parameter = 8 * (bytes of the delta) / (parameters of the fine-tune)
+factor             = (bytes of the fine-tune's tensors as it was stored) / (bytes of the delta)
+
+The bytes of the delta are those of its files of tensors, index and delta_config.json; what else travels, such as a
+tokenizer, the fine-tune has too.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ FORMS = {
     "left": "changed, but left as in the base",
     "tied": "another name of a tensor above",
 }
-UNIT = "factor = bytes of the fine-tune's tensors / bytes of the delta's files"
+UNIT = "factor = bytes of the fine-tune's tensors / bytes of the delta"
 
 
 def info(delta_dir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -54,8 +57,7 @@ def info(delta_dir: str | os.PathLike[str]) -> dict[str, Any]:
                 "share": count / total if total else 0.0,
                 "description": description,
             }
-    root = Path(packfile.root)
-    size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+    size = delta_bytes(packfile.root)
     finetuned_bytes = sum(tensor["finetuned_bytes"] for tensor in tensors)
     return {
         "delta": str(delta_dir),
@@ -72,6 +74,11 @@ def info(delta_dir: str | os.PathLike[str]) -> dict[str, Any]:
         **({} if packfile.budget is None else {"budget": packfile.budget}),
         "tensors": tensors,
     }
+
+
+def delta_bytes(folder: Path) -> int:
+    """Bytes of the delta in a folder, finished or about to be."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.name.startswith(("delta_", "signs-")))
 
 
 def describe(report: dict[str, Any]) -> Iterator[str]:

@@ -262,10 +262,10 @@ class _Run:
         norm = sum(float(np.square(to_float32(f) - to_float32(b), dtype=np.float64).sum()) for b, f in pairs)
         candidates = [] if without(plan) is None else [Candidate("same", 0, 0, effect * norm)]
         for form, planes in self._ways(plan) if norm else ():
-            wrong = total = 0.0
-            for before, after in (pairs[0], pairs[-1]):
-                sums = sampled_errors(before, after, extract(before, after, planes, form))
-                wrong, total = wrong + sums[0], total + sums[1]
+            ends = [pairs[0], pairs[-1]]
+            deltas = [extract(before, after, planes, form) for before, after in ends]
+            parts = [sampled_errors(*pair, delta) for pair, delta in zip(ends, deltas, strict=True)]
+            wrong, total = (sum(part[i] for part in parts) for i in (0, 1))
             error = effect * norm * (wrong / total if total else 1.0)
             candidates.append(Candidate(form, planes, packed_bytes(with_form(plan, form, planes)), error))
         self._keep(name, Measured(effect * norm, norm, False, candidates))

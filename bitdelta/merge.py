@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from .array import as_bfloat16
+from .array import as_bfloat16, flat_bytes
 from .checkpoint import Checkpoint, open_checkpoint
 from .delta import Delta
 from .errors import BaseMismatchError
 from .folder import PendingFolder, full_disk, refuse_existing, refuse_full, refuse_inside, reserve, write_all
 from .packfile import Packfile, load, spec_bytes
+from .progress import progress_bar
 from .tensor import DTYPES
 
 MAX_SHARD_BYTES = 5 << 30  # what transformers shards by
@@ -79,7 +80,7 @@ def merge(
     folder = PendingFolder(out_dir)
     try:
         folder.clear()
-        _write(folder.path, packfile, source, shards, _bar(total, progress))
+        _write(folder.path, packfile, source, shards, progress_bar("merge", total, progress))
         for name, path in files.items():
             (folder.path / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder.path / name)
@@ -123,17 +124,17 @@ def tensor_bytes(packfile: Packfile, base: Checkpoint, name: str, buffer: np.nda
     name = packfile.entries[name].get("tied_to", name)
     entry, value = packfile.entries[name], packfile[name]
     if value is None:
-        yield _bytes(base[name].array())
+        yield memoryview(flat_bytes(base[name].array()))
         base[name].release()
     elif isinstance(value, np.ndarray):
-        yield _bytes(value)
+        yield memoryview(flat_bytes(value))
     else:
         weight = base[name].array()
         if isinstance(value, Delta):
             yield _expand(value, weight[: value.shape[0]], entry["dtype"], buffer)
             rows = packfile.rows(name)
             if rows is not None:
-                yield _bytes(rows)
+                yield memoryview(flat_bytes(rows))
         else:
             for i, delta in enumerate(value):
                 yield _expand(delta, weight[i], entry["dtype"], buffer)
@@ -146,10 +147,6 @@ def _expand(delta: Delta, weight: np.ndarray, dtype: str, buffer: np.ndarray) ->
     out = buffer[:n_bytes].view(kind).reshape(delta.shape)
     delta.expand(weight, out=as_bfloat16(out) if dtype == "BF16" else out)
     return memoryview(buffer[:n_bytes])
-
-
-def _bytes(array: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(array.view(np.ndarray)).reshape(-1).view(np.uint8))
 
 
 def _split(packfile: Packfile, most: int) -> list[list[str]]:
@@ -194,9 +191,3 @@ def travelling_files(packfile: Packfile, base: Checkpoint) -> dict[str, Path]:
                 raise BaseMismatchError(f"{base.root / name} is not the file that the delta was made with")
             found[name] = path
     return found
-
-
-def _bar(total: int, progress: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=not progress)

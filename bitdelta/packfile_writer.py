@@ -27,6 +27,7 @@ import numpy as np
 from .card import model_card
 from .entry import Value, bytes_of, describe
 from .folder import PendingFolder, full_disk, refuse_inside, write_all
+from .info import delta_bytes
 from .packfile import (
     ALIGNMENT,
     CARD,
@@ -95,7 +96,7 @@ class PackfileWriter:
         self._names: dict[str, Mapping[str, Any] | None] = (
             dict.fromkeys(base) if names is None else dict(names)
         )
-        self._room = _room(base, self._names)
+        self._room = header_room(base, self._names)
         known = {name: entry for name, entry in self._names.items() if entry is not None}
         self._planned = sum(
             spec_bytes(spec) for name in known for spec in keys_of(name, known[name]).values()
@@ -299,10 +300,7 @@ class PackfileWriter:
             "tensors": self.entries,
         }
         _write_json(path / CONFIG, config)
-        size = sum(
-            file.stat().st_size for file in path.iterdir() if file.name.startswith(("delta_", "signs-"))
-        )
-        (path / CARD).write_text(model_card(config, size), encoding="utf-8")
+        (path / CARD).write_text(model_card(config, delta_bytes(path)), encoding="utf-8")
         self._folder.sync()  # before the folder looks whole to anyone
         (path / "journal").unlink()  # from here on a successor starts anew
         for shard, name in zip(self._shards, names, strict=True):
@@ -336,7 +334,7 @@ class PackfileWriter:
             self._journal = -1
 
 
-def _room(base: Checkpoint, names: Mapping[str, Mapping[str, Any] | None]) -> int:
+def header_room(base: Checkpoint, names: Mapping[str, Mapping[str, Any] | None]) -> int:
     """Where the data start: an upper bound of the header, up to the next multiple of 64 bytes."""
     specs: dict[str, Spec] = {}
     for name, entry in names.items():

@@ -10,13 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .checkpoint import Checkpoint
 from .delta import Delta
 from .packfile import PACKED, Packfile
 from .packfile_writer import PackfileWriter
-from .residual import relative, sampled_errors
+from .residual import relative, sample
 
 Packed = Delta | Sequence[Delta]
 
@@ -52,16 +50,22 @@ def rewrite(
         budget=packfile.budget,
     ) as writer:
         for name, entry in packfile.entries.items():
+            errors = {
+                key: entry.get(key) for key in ("relative_error", "output_error", "output_error_before")
+            }
             kept = {key: entry.get(key) for key in ("dtype", "base_crc32c", "fingerprint", "effect")}
             if entry["form"] == "tied":
                 writer.add(name, None, tied_to=entry["tied_to"])
             elif entry["form"] in PACKED:
                 old: Any = packfile[name]
                 new = change(name, old)
-                error = entry.get("relative_error") if new is old else _error(name, new, base, finetuned)
-                writer.add(name, new, rows=packfile.rows(name), relative_error=error, **kept)
+                if new is old:
+                    kept |= errors
+                else:
+                    kept["relative_error"] = _error(name, new, base, finetuned)
+                writer.add(name, new, rows=packfile.rows(name), **kept)
             else:
-                writer.add(name, packfile[name], shape=entry["shape"], **kept)
+                writer.add(name, packfile[name], shape=entry["shape"], **kept, **errors)
 
 
 def _files(packfile: Packfile, base: Checkpoint) -> dict[str, Path]:
@@ -77,12 +81,5 @@ def _error(name: str, value: Packed, base: Checkpoint, finetuned: Checkpoint | N
     """relative_error as `compress` samples it."""
     if finetuned is None or name not in finetuned:
         return None
-    before, after = base[name].array(), finetuned[name].array()
-    if isinstance(value, Delta):
-        n = value.shape[0]
-        sums = np.asarray(sampled_errors(before[:n], after[:n], value))
-    else:
-        ends = sorted({0, len(value) - 1})
-        sums = np.sum([sampled_errors(before[i], after[i], value[i]) for i in ends], axis=0)
-    error = relative((float(sums[0]), float(sums[1])))
+    error = relative(sample(base[name].array(), finetuned[name].array(), value))
     return None if error is None else round(error, 6)

@@ -21,6 +21,7 @@ from .checkpoint import Checkpoint
 from .forms import Plan, packable, with_form
 from .hidden import State
 from .packfile import PACKED
+from .progress import progress_bar
 from .tensor import DTYPES
 
 MOST = 8  # names in the log
@@ -51,8 +52,6 @@ def spend(
     Raises:
         ValueError: too few bits; what `calibrate` raises.
     """
-    from tqdm.auto import tqdm
-
     from .calibrate import HELD_OUT, read_tokens
     from .measure import measure
 
@@ -61,7 +60,7 @@ def spend(
         return plans
     tokens = read_tokens(text, target)
     most = int(bits * sum(map(packable, (plan.entry for plan in packed.values()))) / 8)
-    with tqdm(total=len(packed), unit=" tensors", desc="measure", disable=not progress) as bar:
+    with progress_bar("measure", len(packed), progress, " tensors") as bar:
         n_held_out = max(1, len(tokens) // HELD_OUT)
         found = measure(packed, target, tokens, n_held_out, bits, fit, 0, Path(out_dir), bar)
     choice = choose({name: about.candidates for name, about in found.items()}, most)

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from . import _C
-from .array import to_float32
+from .array import flat_bytes, to_float32
 from .checkpoint import Checkpoint, open_checkpoint
 from .delta import Delta
 from .errors import FormatError
 from .hub import resolve
 from .packfile import CONFIG, PACKED, Packfile, keys_of, load
-from .residual import Sums, relative, sampled_errors, squared_errors
+from .residual import Sums, relative, sample, squared_errors
 
 SAME_ERROR = 0.01  # relative: the sample's error repeats to rounding, another fine-tune's differs
 
@@ -79,7 +79,7 @@ def _check_delta(packfile: Packfile, reasons: list[str]) -> int:
         digest = hashlib.sha256()
         for key in keys:
             tensor = packfile.tensors[key]
-            digest.update(_flat(tensor.array()))
+            digest.update(flat_bytes(tensor.array()))
             checked += tensor.nbytes
             tensor.release()
         if keys and digest.hexdigest() != entry["sha256"]:
@@ -103,7 +103,7 @@ def _check_base(packfile: Packfile, base: Checkpoint, reasons: list[str]) -> int
             which = "has other values" if name in base else "is missing"
             reasons.append(f"{name} {which} in {base.root}; the delta was made from another base")
         elif "base_crc32c" in entry:
-            used = _flat(base[name].array())
+            used = flat_bytes(base[name].array())
             if entry.get("form") in PACKED and len(entry["shape"]) == 2:
                 rows = entry["shape"][0] - entry.get("rows", 0)
                 used = used[: rows * entry["shape"][1] * base[name].array().itemsize]
@@ -167,23 +167,17 @@ def _check_finetuned(
 
 def _errors(packfile: Packfile, base: Checkpoint, name: str, after: np.ndarray) -> tuple[Sums, float | None]:
     """The two sums over all rows, and the relative error of the sample that compress takes."""
-    value, before = packfile[name], base[name].array()
-    deltas = [value] if isinstance(value, Delta) else list(value or ())
-    pairs = [(before, after)] if isinstance(value, Delta) else list(zip(before, after, strict=True))
-    sums, sampled = np.zeros(2), np.zeros(2)
-    for i, (delta, (b, f)) in enumerate(zip(deltas, pairs, strict=True)):
+    before = base[name].array()
+    value: Any = packfile[name]
+    is_stack = not isinstance(value, Delta)
+    sums = np.zeros(2)
+    for delta, b, f in zip(value, before, after, strict=True) if is_stack else ((value, before, after),):
         sums += squared_errors(b, f, delta)
-        if i in (0, len(deltas) - 1):
-            sampled += sampled_errors(b, f, delta)
-    return (float(sums[0]), float(sums[1])), relative((float(sampled[0]), float(sampled[1])))
+    return (float(sums[0]), float(sums[1])), relative(sample(before, after, value))
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    return np.array_equal(_flat(a), _flat(b))
-
-
-def _flat(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).view(np.ndarray).reshape(-1).view(np.uint8)
+    return np.array_equal(flat_bytes(a), flat_bytes(b))
 
 
 def _has_sha256(path: Path, digest: str) -> bool:

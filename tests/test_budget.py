@@ -16,7 +16,7 @@ from bitdelta.budget import Candidate, choose, too_large
 from bitdelta.card import model_card
 from bitdelta.cli import main
 from bitdelta.forms import packable
-from bitdelta.info import describe
+from bitdelta.info import describe, info
 
 torch = pytest.importorskip("torch", reason="torch is part of the test extra")
 transformers = pytest.importorskip("transformers", reason="transformers is part of the test extra")
@@ -213,8 +213,7 @@ def test_bits_go_where_they_matter(packed):
     report, out = packed(1.5)
     entries = bitdelta.load(out).entries
     planes = {name: entry.get("planes", 0) for name, entry in entries.items() if len(entry["shape"]) == 2}
-    large = [planes[name] for name in planes if "layers.0" in name and "k_proj" not in name]
-    small = [planes[name] for name in planes if "layers.1" in name and "k_proj" not in name]
+    large, small = ([planes[name] for name in planes if f"layers.{i}.mlp" in name] for i in (0, 1))
     assert min(large) > max(small)
     unchanged = entries["model.layers.0.self_attn.k_proj.weight"]
     assert (unchanged["form"], unchanged["bytes"], unchanged["effect"]) == ("same", 0, 0)
@@ -248,7 +247,7 @@ def test_what_is_left_as_in_the_base_says_so(pair, packed, tmp_path):
     ]
     assert left and all(packfile[name] is None for name in left)
     assert all(packfile.entries[name]["output_error"] == 1 for name in left)
-    told = bitdelta.info(out)
+    told = info(out)
     assert [tensor["name"] for tensor in told["tensors"] if tensor["form"] == "left"] == left
     assert told["forms"]["left"]["parameters"] == sum(packable(packfile.entries[name]) for name in left)
     text = "\n".join(describe(told))
@@ -277,12 +276,15 @@ def test_a_delta_that_is_too_large_is_named_everywhere(tmp_path, caplog, capsys)
     assert f"too large for the budget: {large}" in capsys.readouterr().out
 
 
-def test_distillation_keeps_the_record(pair, packed, tmp_path):
-    report, out = packed(1.06)
+def test_distillation_keeps_the_record_and_what_is_left(pair, packed, tmp_path):
+    report, out = packed(0.5)
     bitdelta.distill(
         pair / "base", pair / "finetuned", out, TOKENS, tmp_path / "out", steps=1, batch_size=2, length=16
     )
-    assert bitdelta.load(tmp_path / "out").budget == report["budget"]
+    before, after = bitdelta.load(out), bitdelta.load(tmp_path / "out")
+    assert after.budget == report["budget"]
+    left = [name for name, entry in before.entries.items() if "planes" not in entry and "effect" in entry]
+    assert left and all(before.entries[name] == after.entries[name] for name in left)
 
 
 def test_tied_embeddings_count_once(tmp_path):
@@ -395,16 +397,15 @@ def start(*arguments):
 
 
 def test_a_killed_run_goes_on_where_it_was(pair, tmp_path):
-    for stop in ("budget 1", "activations 1"):
-        process = start(pair, tmp_path / "out", stop)
-        while stop not in process.stdout.readline():
-            assert process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (tmp_path / "out").exists()
-    said = start(pair, tmp_path / "out", "").communicate(timeout=120)[0].split("\n")
-    assert said[:2] == ["activations 2", "done"]
-    whole = start(pair, tmp_path / "whole", "").communicate(timeout=120)[0]
+    process = start(pair, tmp_path / "out", "budget 1")
+    while "budget 1" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    said = start(pair, tmp_path / "out", "").communicate(timeout=300)[0].split("\n")
+    assert said[:4] == ["budget 2", "activations 1", "activations 2", "done"]
+    whole = start(pair, tmp_path / "whole", "").communicate(timeout=300)[0]
     assert whole.startswith("budget 1\nbudget 2\nactivations 1\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
     for path in (tmp_path / "out").iterdir():
