@@ -1,0 +1,103 @@
+"""What kernels cost on each target, from the compiler alone: no spills, and the tensor core products they need."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "kernels"))
+import resources  # noqa: E402
+import toolchain  # noqa: E402
+
+TABLE = json.loads(resources.TABLE.read_text(encoding="utf-8")) if resources.TABLE.is_file() else {}
+
+
+@pytest.fixture(scope="module")
+def nvcc():
+    try:
+        found = toolchain.find_nvcc()
+        toolchain.wanted_archs(toolchain.nvcc_version(found))
+    except toolchain.ToolError as error:
+        pytest.skip(str(error))
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured(nvcc):
+    return resources.measure_all(nvcc, toolchain.kernel_sources())
+
+
+def test_the_table_has_every_target_and_file():
+    assert list(TABLE["targets"]) == list(toolchain.TARGETS)
+    files = {
+        Path(source).name
+        for source in toolchain.kernel_sources()
+        if re.search(r"^__global__", (ROOT / source).read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    for kernels in TABLE["targets"].values():
+        assert {name.partition(":")[0] for name in kernels} == files, "python kernels/resources.py --write"
+
+
+def test_no_kernel_of_the_table_breaks_the_rules():
+    assert resources.faults(TABLE["targets"]) == []
+
+
+def test_no_kernel_as_compiled_now_breaks_the_rules(measured):
+    assert resources.faults(measured) == []
+
+
+def test_the_table_is_what_this_nvcc_gives(nvcc, measured):
+    version = "{}.{}".format(*toolchain.nvcc_version(nvcc))
+    if version != TABLE["nvcc"]:
+        pytest.skip(f"the table is of nvcc {TABLE['nvcc']}, this is {version}")
+    assert measured == TABLE["targets"], "python kernels/resources.py --write"
+
+
+@pytest.mark.parametrize("target", toolchain.TARGETS)
+def test_opcodes_are_counted_where_their_number_is_known(nvcc, target):
+    found = resources.measure(nvcc, Path(__file__).parent / "opcodes.cu", target)
+    has_b1 = toolchain.TARGETS[target] == "b1"
+    kernels = {name.partition("(")[0]: numbers for name, numbers in found.items()}
+    assert {kind: kernels["five_b1"][kind] for kind in ("b1", "int8", "half")} == {
+        "b1": 5 * has_b1,
+        "int8": 0,
+        "half": 0,
+    }
+    assert {kind: kernels["three_int8"][kind] for kind in ("b1", "int8", "half")} == {
+        "b1": 0,
+        "int8": 3,
+        "half": 0,
+    }
+    assert kernels["nine_lop3"]["lop3"] == 9
+
+
+GOOD = {"registers": 32, "stack": 0, "spill_stores": 0, "spill_loads": 0, "static_shared": 0}
+GOOD |= {"instructions": 99, "b1": 0, "int8": 0, "half": 0, "lop3": 1}
+
+
+@pytest.mark.parametrize(
+    "target, name, numbers, fault",
+    [
+        ("80", "a.cu:other", {}, None),
+        ("80", "a.cu:multiply_few<unsigned int>", {"b1": 4}, None),
+        ("100f", "a.cu:multiply_few<unsigned int>", {}, None),
+        ("90a", "a.cu:other", {"spill_stores": 8}, "a.cu:other on 90a uses local memory"),
+        ("90a", "a.cu:other", {"stack": 8}, "a.cu:other on 90a uses local memory"),
+        (
+            "100f",
+            "a.cu:multiply_many<unsigned long long>",
+            {"int8": 8},
+            "a.cu:multiply_many<unsigned long long> on 100f no",
+        ),
+        ("90a", "a.cu:multiply_few<int>", {}, "a.cu:multiply_few<int> on 90a has 0 b1 products"),
+        ("100f", "a.cu:multiply_few<int>", {"int8": 8}, "a.cu:multiply_few<int> on 100f has 8 int8 products"),
+        ("100f", "a.cu:multiply_many<int>", {}, "a.cu:multiply_many<int> on 100f has 0 int8 products"),
+        ("80", "a.cu:other", {"half": 2}, "a.cu:other on 80 has 2 half products"),
+    ],
+)
+def test_a_broken_rule_is_named(target, name, numbers, fault):
+    found = resources.faults({target: {name: {**GOOD, **numbers}}})
+    assert [each[: len(fault or "")] for each in found] == [fault] * bool(fault)
