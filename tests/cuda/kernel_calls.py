@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bitdelta.array import aligned_empty, dtype_name
+from bitdelta.delta import Delta
 
 ROOT = Path(__file__).parent.parent.parent
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
@@ -29,6 +30,17 @@ class Matrix(Structure):
         ("n_rows", c_int64),
         ("n_columns", c_int64),
         ("row_stride", c_int64),
+    ]
+
+
+class DeltaOnDevice(Structure):
+    _fields_ = [
+        ("sign", c_void_p),
+        ("row", c_void_p),
+        ("column", c_void_p),
+        ("N", c_int64),
+        ("K", c_int64),
+        ("P", c_int),
     ]
 
 
@@ -232,6 +244,46 @@ class Kernels:
             byref(arguments),
             reads=reads + arrays(every),
             writes=[workspace, *(part.y for part in parts)],
+        )
+
+    def extract(self, base, finetuned, planes=1, form="row"):
+        """A Delta, or the position (row, column, in_base) of what is not finite."""
+        n, k = base.shape
+        sign = aligned_empty((planes, -(-n // 16), 8 * -(-k // 256), 16), np.uint32)
+        sign[...] = 0xA5A5A5A5
+        scale = np.full(planes if form == "tensor" else (planes, n), 99, np.float32)
+        column = np.full((planes, k), 99, np.float32) if form == "rank1" else None
+        bad = np.zeros(1, np.uint64)
+        workspace = self.workspace("extract_workspace", c_int64(n), c_int64(k), FORMS[form])
+        self.call(
+            "extract",
+            byref(matrix(base)),
+            byref(matrix(finetuned)),
+            planes,
+            FORMS[form],
+            *map(pointer, (sign, scale, column, bad, workspace)),
+            reads=[base, finetuned],
+            writes=[sign, scale, column, bad, workspace],
+        )
+        if int(bad[0]) != NO_BAD:
+            place, what = (int(bad[0]) << 4 & NO_BAD) >> 6, int(bad[0]) & 3
+            return (*divmod(place, k), what if what < 2 else -1)
+        if form == "tensor":
+            scale = np.repeat(scale[:, None], n, axis=1)
+        return Delta(sign, scale, column, (n, k), form)
+
+    def expand(self, base, delta, out, rows=None):
+        first, end = rows or (0, delta.shape[0])
+        fields = [*map(pointer, (delta.sign, delta.scale, delta.column)), *delta.shape, delta.planes]
+        self.call(
+            "expand",
+            None if base is None else byref(matrix(base)),
+            byref(DeltaOnDevice(*fields)),
+            c_int64(first),
+            c_int64(end),
+            byref(matrix(out)),
+            reads=[base, *arrays([delta])],
+            writes=[out],
         )
 
 
