@@ -17,7 +17,7 @@ namespace
 enum {
     LANES = 32,
     STAGES = 4,
-    CHUNK = 64,             /* columns of a stage: two lines of signs */
+    CHUNK = 64,               /* columns of a stage: two lines of signs */
     CHUNK_PIECES = CHUNK / 16 /* of 8 columns, of a thread */
 };
 
@@ -41,7 +41,8 @@ source_of(const bd_matrix &matrix, int64_t n)
     const int64_t bytes = piece<dtype>::BYTES;
     const bool has_row = n < matrix.n_rows;
     row_source source;
-    source.data = static_cast<const char *>(matrix.data) + (has_row ? n : 0) * matrix.row_stride * bytes;
+    source.data =
+        static_cast<const char *>(matrix.data) + (has_row ? n : 0) * matrix.row_stride * bytes;
     source.K = has_row ? matrix.n_columns : 0;
     source.is_aligned = reinterpret_cast<uintptr_t>(source.data) % 16 == 0;
     return source;
@@ -271,8 +272,9 @@ pass(const bd_extract_job &job, const worker &own)
 }
 
 template <bd_dtype B, bd_dtype F, bool IS_FIT>
-__global__ void __launch_bounds__(LANES, 12) /* 12 rings fit an SM */
-extract_strip(const bd_extract_job job, int first_plane, int end_plane)
+__global__ void
+__launch_bounds__(LANES, 12) /* 12 rings fit an SM */
+    extract_strip(const bd_extract_job job, int first_plane, int end_plane)
 {
     BD_SHARED(uint4, ring);
     if (IS_FIT && job.state->has_ended) {
@@ -314,8 +316,7 @@ template <bool IS_FIT>
 bd_status
 launch_strips(const bd_cuda_context *ctx, const bd_extract_job *job, int first_plane, int end_plane)
 {
-    return job->base.dtype == BD_F32
-               ? launch_base<BD_F32, IS_FIT>(ctx, job, first_plane, end_plane)
+    return job->base.dtype == BD_F32 ? launch_base<BD_F32, IS_FIT>(ctx, job, first_plane, end_plane)
            : job->base.dtype == BD_F16
                ? launch_base<BD_F16, IS_FIT>(ctx, job, first_plane, end_plane)
                : launch_base<BD_BF16, IS_FIT>(ctx, job, first_plane, end_plane);
@@ -324,8 +325,8 @@ launch_strips(const bd_cuda_context *ctx, const bd_extract_job *job, int first_p
 /* ---- beside the passes ------------------------------------------------------------------------ */
 
 /* One scale a tensor: the mean over all rows, ascending, one addition after the other. */
-__global__ void __launch_bounds__(LANES)
-set_tensor_scale(const bd_extract_job job, int p)
+__global__ void
+__launch_bounds__(LANES) set_tensor_scale(const bd_extract_job job, int p)
 {
     double sum = 0.0;
     for (int64_t first = 0; first < job.N; first += LANES) {
@@ -382,9 +383,9 @@ bd_cuda_extract_workspace_bytes(int64_t N, int64_t K, bd_scale_form form)
 }
 
 extern "C" bd_status
-bd_cuda_extract(const bd_cuda_context *ctx, const bd_matrix *base, const bd_matrix *finetuned, int P,
-                bd_scale_form form, uint32_t *sign, float *scale, float *column, uint64_t *bad,
-                void *workspace)
+bd_cuda_extract(const bd_cuda_context *ctx, const bd_matrix *base, const bd_matrix *finetuned,
+                int P, bd_scale_form form, uint32_t *sign, float *scale, float *column,
+                uint64_t *bad, void *workspace)
 {
     bd_extract_job job = {};
     job.base = *base;

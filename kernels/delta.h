@@ -8,7 +8,7 @@
 #include "cuda.h"
 
 typedef struct {
-    double norm; /* of one side of a rank-1 fit, squared */
+    double norm;           /* of one side of a rank-1 fit, squared */
     int has_ended, unused; /* every row is 0: the fit stops */
 } bd_fit_state;
 
@@ -50,8 +50,8 @@ bd_residual_at(const bd_extract_job &job, int64_t n, int64_t k, int p)
     float r = __fsub_rn(f, b);
     for (int j = 0; j < p; j++) {
         const float row = bd_row_scale_of(job, j, n);
-        r = bd_next_residual(r, job.column == NULL ? row
-                                                   : __fmul_rn(row, job.column[j * job.K + k]));
+        r = bd_next_residual(r,
+                             job.column == NULL ? row : __fmul_rn(row, job.column[j * job.K + k]));
     }
     return r;
 }

@@ -22,8 +22,8 @@ enum {
 };
 
 /* Σ row[n]^2, one addition after the other. */
-__global__ void __launch_bounds__(LANES)
-sum_row_squares(const bd_extract_job job)
+__global__ void
+__launch_bounds__(LANES) sum_row_squares(const bd_extract_job job)
 {
     if (job.state->has_ended) {
         return;
@@ -58,8 +58,8 @@ fold_column(const bd_extract_job &job, bool is_squared)
     return __shfl_sync(0xFFFFFFFFu, sum, 0);
 }
 
-__global__ void __launch_bounds__(LANES)
-sum_column_squares(const bd_extract_job job)
+__global__ void
+__launch_bounds__(LANES) sum_column_squares(const bd_extract_job job)
 {
     const double sum = fold_column(job, true);
     if (threadIdx.x == 0 && !job.state->has_ended) {
@@ -69,14 +69,15 @@ sum_column_squares(const bd_extract_job job)
 
 /* 32 columns: eight warps make products of 64 rows, side by side; the first adds them up in order, while
  * the others are at the next 64. */
-__global__ void __launch_bounds__(THREADS)
-fit_columns(const bd_extract_job job, int p)
+__global__ void
+__launch_bounds__(THREADS) fit_columns(const bd_extract_job job, int p)
 {
     BD_SHARED(double, products); /* [2, TILE_ROWS, 32] */
     if (job.state->has_ended) {
         return;
     }
-    const int lane = static_cast<int>(threadIdx.x % LANES), warp = static_cast<int>(threadIdx.x / LANES);
+    const int lane = static_cast<int>(threadIdx.x % LANES),
+              warp = static_cast<int>(threadIdx.x / LANES);
     const int64_t k = static_cast<int64_t>(blockIdx.x) * LANES + lane;
     double sum = 0.0;
     for (int64_t first = 0; first < job.N; first += TILE_ROWS) {
@@ -101,8 +102,8 @@ fit_columns(const bd_extract_job job, int p)
     }
 }
 
-__global__ void __launch_bounds__(THREADS)
-begin_fit(const bd_extract_job job)
+__global__ void
+__launch_bounds__(THREADS) begin_fit(const bd_extract_job job)
 {
     const int64_t thread = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
     if (thread == 0) {
@@ -114,8 +115,8 @@ begin_fit(const bd_extract_job job)
 }
 
 /* The fitted scales to fp32, the column with mean 1. Every warp makes the mean for itself. */
-__global__ void __launch_bounds__(LANES)
-store_scales(const bd_extract_job job, int p)
+__global__ void
+__launch_bounds__(LANES) store_scales(const bd_extract_job job, int p)
 {
     const double mean = fold_column(job, false) / static_cast<double>(job.K);
     const int64_t thread = static_cast<int64_t>(blockIdx.x) * LANES + threadIdx.x;
@@ -145,10 +146,10 @@ bd_launch_rank1(const bd_cuda_context *ctx, const bd_extract_job *job, int p)
             status = BD_LAUNCH(sum_row_squares, dim3(1), dim3(LANES), 0, ctx->stream, *job);
         }
         if (status == BD_OK) {
-            status = BD_LAUNCH(fit_columns, columns, dim3(THREADS), shared_bytes, ctx->stream, *job, p);
+            status =
+                BD_LAUNCH(fit_columns, columns, dim3(THREADS), shared_bytes, ctx->stream, *job, p);
         }
     }
-    return status == BD_OK
-               ? BD_LAUNCH(store_scales, dim3(16), dim3(LANES), 0, ctx->stream, *job, p)
-               : status;
+    return status == BD_OK ? BD_LAUNCH(store_scales, dim3(16), dim3(LANES), 0, ctx->stream, *job, p)
+                           : status;
 }

@@ -24,7 +24,8 @@ __device__ __forceinline__ void
 sum_planes(const expand_job &job, int64_t n, int64_t k, float sum[COLUMNS])
 {
     const bd_delta &delta = job.delta;
-    const uint32_t *sign = delta.sign + (n / BD_STRIP_ROWS * job.n_lines + k / BD_WORD_BITS) * BD_STRIP_ROWS +
+    const uint32_t *sign = delta.sign +
+                           (n / BD_STRIP_ROWS * job.n_lines + k / BD_WORD_BITS) * BD_STRIP_ROWS +
                            n % BD_STRIP_ROWS;
     for (int p = 0; p < delta.P; p++) {
         const unsigned bits = __ldg(sign + p * job.plane_words) >> k % BD_WORD_BITS;
@@ -95,15 +96,16 @@ load_row(const void *data, int64_t at, int n, float value[COLUMNS])
     BD_UNROLL
     for (int i = 0; i < COLUMNS; i++) {
         if (i < n) {
-            value[i] = BYTES == 4 ? reinterpret_cast<const float *>(in)[i]
-                                  : bd_to_f32<dtype>(reinterpret_cast<const unsigned short *>(in)[i]);
+            value[i] = BYTES == 4
+                           ? reinterpret_cast<const float *>(in)[i]
+                           : bd_to_f32<dtype>(reinterpret_cast<const unsigned short *>(in)[i]);
         }
     }
 }
 
 template <bd_dtype B, bd_dtype O>
-__global__ void __launch_bounds__(THREADS, 4)
-expand_rows(const expand_job job)
+__global__ void
+__launch_bounds__(THREADS, 4) expand_rows(const expand_job job)
 {
     const int64_t n = job.row_begin + static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
     if (n >= job.row_end) {

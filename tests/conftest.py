@@ -35,6 +35,16 @@ def isa(request):
     _C.set_isa(before)
 
 
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    """The functions of csrc/cuda.h on the emulation (cuda/kernel_calls.py)."""
+    if not _C.cuda_is_emulated():
+        pytest.skip("needs a build with BITDELTA_CUDA=emulate")
+    import kernel_calls
+
+    return kernel_calls.Kernels(kernel_calls.build(tmp_path_factory.mktemp("kernels")))
+
+
 @pytest.fixture(autouse=True)
 def _default_threads():
     """A test that sets the number of threads leaves no trace."""
