@@ -46,7 +46,7 @@ def compress(
     planes: int = 1,
     scale: str = "row",
     whole: Iterable[str] = (),
-    text: str | os.PathLike[str] | None = None,
+    text: Any = None,
     fit: str = "signs",
     budget: float | None = None,
     dry_run: bool = False,

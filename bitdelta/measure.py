@@ -30,7 +30,7 @@ from .errors import Error
 from .fitting import ROWS
 from .fitting import fit as fit_weight
 from .fitting_rows import expand_rows
-from .forms import VOCABULARY, Plan, packed_bytes, with_form, without
+from .forms import VOCABULARY, Plan, packable, packed_bytes, with_form, without
 from .hidden import State
 from .inputs import F32, Inputs
 from .packfile import MAX_PLANES
@@ -236,7 +236,10 @@ class _Run:
 
     def _ways(self, plan: Plan) -> list[tuple[str, int]]:
         """The forms and planes to try: those around the budget that are smaller than the tensor itself."""
-        near = int(self.bits)
+        one = (
+            8 * packed_bytes(with_form(plan, "tensor", 1)) / packable(plan.entry)
+        )  # bits of a plane, padding too
+        near = int(self.bits / one)
         ways = [("row", p) for p in range(max(1, near - BELOW), min(MAX_PLANES, near + ABOVE) + 1)]
         if not plan.name.endswith(VOCABULARY) and not plan.entry.get("rows"):
             around = [p for p in (near, near + 1) if 1 <= p <= MAX_PLANES]

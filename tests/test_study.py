@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 
 from bitdelta import study
 from bitdelta.cli import main
-from bitdelta.study import table
+from bitdelta.study import budget, table
 from bitdelta.study.pair import SIZES, make_pair
 from bitdelta.study.trial import Trial
 
@@ -60,6 +60,15 @@ def test_the_command_lists_the_studies_and_refuses_others(capsys):
     assert main(["study", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["studies"]) == set(study.STUDIES)
     assert main(["study", "nothing"]) == 2
-    assert "study: expected one of scales" in capsys.readouterr().err
+    assert "study: expected one of budget, " in capsys.readouterr().err
     assert main(["study", "scales", "--size", "huge"]) == 2
     assert "size: expected one of small, tiny, got 'huge'" in capsys.readouterr().err
+
+
+def test_a_budget_errs_no_more_than_uniform_planes_of_its_bytes(tiny_pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "UNIFORM", ((1, "row"), (2, "row")))
+    rows = table.rows_of([dict(budget.rows(Trial(tiny_pair, tmp_path)))])
+    bits = [row["about"]["bits"]["mean"] for row in rows[1:]]
+    assert bits[1] <= bits[0] < bits[3] <= bits[2]
+    judged = budget.judge(rows)
+    assert len(judged) == 2 and all(line.startswith("holds:") for line in judged), judged

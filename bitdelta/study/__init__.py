@@ -21,6 +21,7 @@ from typing import Any
 from ..training import Log, silent
 
 STUDIES = {
+    "budget": "a budget of bits against uniform planes of the same bytes",
     "scales": "scale distillation, for each form of scales",
 }
 SEEDS = (0, 1, 2)
