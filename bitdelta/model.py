@@ -191,8 +191,7 @@ class DeltaModel(nn.Module):  # type: ignore[misc]
             index[None] = -1
             ids = np.array([index[name] for name in rows], np.int64)
             batch = Batch(tenants, ids, self.vocabulary, self.prefill)
-            is_plain = not tenants and self.vocabulary == self.site.vocabulary
-            token = current.set(None if is_plain else batch)
+            token = current.set(batch)
             try:
                 yield batch
             finally:

@@ -6,6 +6,7 @@ import transformers
 from models import llama_config, make, merged
 
 import bitdelta
+import bitdelta.ops
 from bitdelta.errors import BaseMismatchError, Error, FormatError
 from bitdelta.model import DeltaModel
 
@@ -295,6 +296,28 @@ def test_in_bf16_the_logits_are_as_near_as_its_rounding_allows(half):
         assert (logits[row] - wanted).abs().mean() <= 0.02 * wanted.abs().mean()
     alone = model(ids[:1], delta_names=["t0"]).logits[0].float()
     assert (logits[0] - alone).abs().max() <= 0.05 * alone.abs().max()
+
+
+@torch.no_grad()
+def test_few_base_rows_of_a_half_type_have_the_same_products_alone_and_beside_tenants(half, monkeypatch):
+    model = DeltaModel.from_pretrained(half / "base")
+    ids = tokens(2, 1)
+    plain = model(ids).logits
+    model.load_delta("t0", half / "delta-0")
+    alone, made, product = model(ids).logits, [], bitdelta.ops.linear
+
+    def linear(*args):
+        made.append(product(*args))
+        return made[-1]
+
+    monkeypatch.setattr(bitdelta.ops, "linear", linear)
+    assert torch.equal(model(ids).logits, alone)
+    base, made[:] = list(made), []
+    mixed = model(ids, delta_names=["t0", None]).logits
+    assert len(base) == len(made) == 15
+    assert torch.equal(base[0][1], made[0][1])  # the first projection of queries
+    for logits in (alone, mixed[1:]):
+        assert (logits[-1] - plain[-1]).abs().max() <= 0.05 * plain[-1].abs().max()
 
 
 def test_inputs_have_the_gradients_of_the_merged_models(llama):

@@ -222,7 +222,7 @@ class Bench:
             pass
 
         def run() -> Any:
-            token = current.set(batch if batch.tenants else None)
+            token = current.set(batch)
             try:
                 return step()
             finally:
