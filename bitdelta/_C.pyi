@@ -19,6 +19,13 @@ class _BuildInfo(TypedDict):
 
 def cuda_missing() -> str | None: ...  # None when a GPU can be used; the first call loads the driver
 def cuda_is_emulated() -> bool: ...  # kernels run on the CPU, on tensors in its memory
+def cuda_quantize(
+    q: Tensor,  # out: int16 [M, K rounded up to 256]
+    exponents: Tensor,  # out: int32 [M]; 2^31 - 1 where a number is not finite
+    x: Tensor,  # [M, K]
+    column: Tensor | None,  # fp32 [K]
+    /,
+) -> None: ...
 
 STREAM_ROWS: int  # up to so many rows, `linear` multiplies with the weight itself faster than BLAS
 

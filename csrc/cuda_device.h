@@ -17,6 +17,11 @@ const char *bd_gpu_missing(void);
 /* What the latest call of this thread that returned BD_ERR_CUDA said. Valid until the next one. */
 const char *bd_gpu_message(void);
 
+/* Makes a GPU the calling thread's, and tells what kernels are launched by: 10 * major + minor of its
+ * compute capability, and its processors. bd_gpu_leave makes `before` the thread's again. */
+bd_status bd_gpu_enter(int device, int *before, int *capability, int *n_processors);
+void bd_gpu_leave(int before);
+
 /* 1 when "device memory" is host memory, of which kernels may touch only what is lent to them. */
 int bd_gpu_is_emulated(void);
 

@@ -1,6 +1,7 @@
 /* module.c - bitdelta._C: state, threads, instruction sets, what this build is. */
 #include "module.h"
 
+#include <stdarg.h>
 #include <stdlib.h>
 
 #include "tensor.h"
@@ -85,6 +86,21 @@ return_status(bd_status status)
     }
     PyErr_SetString(PyExc_ValueError, "the core refused these arguments");
     return NULL;
+}
+
+void
+raise_device_error(const char *format, ...)
+{
+    PyObject *errors = PyImport_ImportModule("bitdelta.errors");
+    PyObject *error = errors == NULL ? NULL : PyObject_GetAttrString(errors, "DeviceError");
+    if (error != NULL) {
+        va_list arguments;
+        va_start(arguments, format);
+        PyErr_FormatV(error, format, arguments);
+        va_end(arguments);
+    }
+    Py_XDECREF(errors);
+    Py_XDECREF(error);
 }
 
 int

@@ -15,6 +15,10 @@
 extern "C" {
 #endif
 
+#ifndef BITDELTA_CUDA_KIND
+#define BITDELTA_CUDA_KIND 0 /* 0: no kernels, 1: a GPU's, 2: emulated on the CPU */
+#endif
+
 #define N_CACHED_TYPES 8 /* tensor types whose exchange table is remembered; others are looked up */
 
 typedef struct {
@@ -65,6 +69,9 @@ PyObject *return_status(bd_status status);
 /* 0, or -1 with TypeError: a function takes least .. most positional arguments. */
 int check_n_arguments(const char *function, Py_ssize_t nargs, Py_ssize_t least, Py_ssize_t most);
 
+/* Raises bitdelta.DeviceError. */
+void raise_device_error(const char *format, ...);
+
 /* An int, least .. most; 0, or -1 with TypeError or ValueError that names the argument. */
 int parse_int(PyObject *object, const char *name, int64_t least, int64_t most, int64_t *out);
 
@@ -74,7 +81,7 @@ extern PyMethodDef delta_functions[];     /* py_delta.c: extract, expand */
 extern PyMethodDef calibrate_functions[]; /* py_calibrate.c: fit_signs, sweep */
 extern PyMethodDef product_functions[];   /* py_linear.c: linear, linear_add, linear_transposed */
 extern PyMethodDef byte_functions[];      /* py_bytes.c: to_float32, crc32c, crc32c_combine, read */
-extern PyMethodDef cuda_functions[];      /* py_cuda.c: cuda_missing, cuda_is_emulated */
+extern PyMethodDef cuda_functions[]; /* py_cuda.c: cuda_missing, cuda_is_emulated, cuda_quantize */
 
 /* A Delta object's view, or NULL with TypeError when object is not a Delta of this module. */
 const bd_delta *delta_view(module_state *state, PyObject *object, const char *name);

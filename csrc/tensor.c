@@ -234,12 +234,18 @@ acquire_buffer(PyObject *object, const char *name, tensor *out)
 static int
 acquire_any(module_state *state, PyObject *object, const char *name, int mode, tensor *out)
 {
-    if (PyArray_Check(object)) {
+    const int wants_gpu = (mode & TENSOR_GPU) != 0 && BITDELTA_CUDA_KIND == 1;
+    if (PyArray_Check(object) && !wants_gpu) {
         return acquire_numpy(state, object, name, out);
     }
     int got = tensor_acquire_dlpack(state, object, name, mode, out);
     if (got <= 0) {
         return got;
+    }
+    if (wants_gpu) {
+        raise_device_error("%s: expected memory of a GPU, got a %.80s", name,
+                           Py_TYPE(object)->tp_name);
+        return -1;
     }
     if (PyObject_CheckBuffer(object)) {
         return acquire_buffer(object, name, out);
@@ -252,7 +258,7 @@ acquire_any(module_state *state, PyObject *object, const char *name, int mode, t
 int
 tensor_acquire(module_state *state, PyObject *object, const char *name, int mode, tensor *out)
 {
-    *out = (tensor){0};
+    *out = (tensor){.mode = mode};
     if (acquire_any(state, object, name, mode, out) < 0) {
         goto fail;
     }

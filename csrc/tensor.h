@@ -2,7 +2,8 @@
  *
  * Understood: NumPy arrays (with ml_dtypes.bfloat16, and uint16 whose class says
  * __bitdelta_dtype__ = "bfloat16"), the DLPack C exchange API, __dlpack__ with versioned and legacy
- * capsules, the buffer protocol. CPU and pinned memory. Nothing is ever copied. */
+ * capsules, the buffer protocol. CPU and pinned memory; a GPU's by the exchange API alone, which tells
+ * the producer's stream. Nothing is ever copied. */
 #ifndef BITDELTA_TENSOR_H_
 #define BITDELTA_TENSOR_H_
 
@@ -18,6 +19,7 @@ extern "C" {
 #define TENSOR_INPUT 0
 #define TENSOR_OUTPUT 1 /* must be writable */
 #define TENSOR_KEEP 2   /* outlives the call: an owning export, not only a view */
+#define TENSOR_GPU 4    /* a GPU's memory, not the CPU's; with emulated kernels still the CPU's */
 
 /* Owned by whoever acquired it; {0} is a valid empty tensor. */
 typedef struct {
@@ -27,6 +29,9 @@ typedef struct {
     int64_t shape[TENSOR_MAX_NDIM];
     int64_t strides[TENSOR_MAX_NDIM]; /* elements */
     int is_readonly;
+    int mode;                /* as it was acquired */
+    int device;              /* of TENSOR_GPU: its number */
+    void *stream;            /* of TENSOR_GPU: the one its producer works on */
     PyObject *owner;         /* strong */
     DLManagedTensor *legacy; /* at most one of these three */
     DLManagedTensorVersioned *versioned;

@@ -32,40 +32,30 @@ name_error(const char *name)
     Py_XDECREF(error);
 }
 
-static void
-raise_device_error(const char *name, int device_type)
-{
-    PyObject *errors = PyImport_ImportModule("bitdelta.errors");
-    PyObject *error = errors == NULL ? NULL : PyObject_GetAttrString(errors, "DeviceError");
-    if (error != NULL) {
-        const char *kind = device_type == kDLCUDA          ? "CUDA"
-                           : device_type == kDLCUDAManaged ? "managed CUDA"
-                           : device_type == kDLROCM        ? "ROCm"
-                           : device_type == kDLMetal       ? "Metal"
-                                                           : "foreign";
-        PyErr_Format(error,
-                     "%s: expected CPU memory, got %s memory (DLPack device type %d); this version "
-                     "has no kernels for it",
-                     name, kind, device_type);
-    }
-    Py_XDECREF(errors);
-    Py_XDECREF(error);
-}
-
+/* Is memory on this device what the mode asks for? */
 static int
-check_device(const char *name, int device_type)
+check_device(const char *name, int mode, int device_type)
 {
-    if (device_type == kDLCPU || device_type == kDLCUDAHost) {
+    const int wants_gpu = (mode & TENSOR_GPU) != 0 && BITDELTA_CUDA_KIND == 1;
+    if (wants_gpu ? device_type == kDLCUDA : device_type == kDLCPU || device_type == kDLCUDAHost) {
         return 0;
     }
-    raise_device_error(name, device_type);
+    const char *kind = device_type == kDLCPU           ? "CPU"
+                       : device_type == kDLCUDA        ? "CUDA"
+                       : device_type == kDLCUDAHost    ? "pinned CPU"
+                       : device_type == kDLCUDAManaged ? "managed CUDA"
+                       : device_type == kDLROCM        ? "ROCm"
+                       : device_type == kDLMetal       ? "Metal"
+                                                       : "foreign";
+    raise_device_error("%s: expected %s memory, got %s memory (DLPack device type %d)", name,
+                       wants_gpu ? "CUDA" : "CPU", kind, device_type);
     return -1;
 }
 
 int
 tensor_from_dltensor(const DLTensor *source, const char *name, tensor *out)
 {
-    if (check_device(name, (int)source->device.device_type) < 0) {
+    if (check_device(name, out->mode, (int)source->device.device_type) < 0) {
         return -1;
     }
     if (source->dtype.lanes != 1) {
@@ -79,6 +69,7 @@ tensor_from_dltensor(const DLTensor *source, const char *name, tensor *out)
                      name, TENSOR_MAX_NDIM, source->ndim);
         return -1;
     }
+    out->device = (int)source->device.device_id;
     out->dtype = source->dtype;
     out->ndim = source->ndim;
     int64_t stride = 1, n_elements = 1;
@@ -217,17 +208,32 @@ take_versioned(DLManagedTensorVersioned *managed, const char *name, tensor *out)
     return tensor_from_dltensor(&managed->dl_tensor, name, out);
 }
 
+/* The stream on which the producer works now: what is launched there needs no synchronisation. */
+static int
+ask_stream(const DLPackExchangeAPI *api, const char *name, tensor *out)
+{
+    if ((out->mode & TENSOR_GPU) == 0 || BITDELTA_CUDA_KIND != 1) {
+        return 0;
+    }
+    if (api->current_work_stream(kDLCUDA, out->device, &out->stream) != 0) {
+        name_error(name);
+        return -1;
+    }
+    return 0;
+}
+
 static int
 acquire_exchange(const DLPackExchangeAPI *api, PyObject *object, const char *name, int mode,
                  tensor *out)
 {
-    if (mode == TENSOR_INPUT && api->dltensor_from_py_object_no_sync != NULL) {
+    if ((mode & (TENSOR_OUTPUT | TENSOR_KEEP)) == 0 &&
+        api->dltensor_from_py_object_no_sync != NULL) {
         DLTensor view = {0};
         if (api->dltensor_from_py_object_no_sync(object, &view) != 0) {
             name_error(name);
             return -1;
         }
-        return tensor_from_dltensor(&view, name, out);
+        return tensor_from_dltensor(&view, name, out) < 0 ? -1 : ask_stream(api, name, out);
     }
     /* Only this form says whether the memory is read-only, and holds the memory itself. */
     DLManagedTensorVersioned *managed = NULL;
@@ -236,7 +242,7 @@ acquire_exchange(const DLPackExchangeAPI *api, PyObject *object, const char *nam
         return -1;
     }
     out->versioned = managed;
-    return take_versioned(managed, name, out);
+    return take_versioned(managed, name, out) < 0 ? -1 : ask_stream(api, name, out);
 }
 
 /* ---- __dlpack__ ---- */
@@ -309,7 +315,14 @@ static int
 acquire_capsule(module_state *state, PyObject *object, const char *name, tensor *out)
 {
     int device_type = ask_device(state, object, name);
-    if (device_type < 0 || check_device(name, device_type) < 0) {
+    if (device_type < 0 || check_device(name, out->mode, device_type) < 0) {
+        return -1;
+    }
+    if (device_type == kDLCUDA) {
+        raise_device_error(
+            "%s: expected a tensor that tells its stream (as torch's do since 2.10), "
+            "got a %.80s",
+            name, Py_TYPE(object)->tp_name);
         return -1;
     }
     PyObject *capsule = ask_capsule(state, object);

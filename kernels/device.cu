@@ -54,6 +54,36 @@ bd_gpu_missing(void)
     return nullptr;
 }
 
+bd_status
+bd_gpu_enter(int device, int *before, int *capability, int *n_processors)
+{
+    int major = 0, minor = 0;
+    cudaError_t error = cudaGetDevice(before);
+    if (error == cudaSuccess && *before != device) {
+        error = cudaSetDevice(device);
+    }
+    if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    }
+    if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    }
+    if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(n_processors, cudaDevAttrMultiProcessorCount, device);
+    }
+    *capability = 10 * major + minor;
+    return bd_gpu_status("the GPU", error);
+}
+
+void
+bd_gpu_leave(int before)
+{
+    int now = before;
+    if (cudaGetDevice(&now) == cudaSuccess && now != before) {
+        (void)cudaSetDevice(before);
+    }
+}
+
 int
 bd_gpu_is_emulated(void)
 {

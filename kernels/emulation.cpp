@@ -554,6 +554,24 @@ bd_gpu_message(void)
     return bd_gpu::message;
 }
 
+/* BITDELTA_EMULATION_CAPABILITY=100: as on GPUs without b1 products. */
+bd_status
+bd_gpu_enter(int device, int *before, int *capability, int *n_processors)
+{
+    (void)device;
+    const char *text = getenv("BITDELTA_EMULATION_CAPABILITY");
+    *before = 0;
+    *capability = text == nullptr ? 80 : atoi(text);
+    *n_processors = 2;
+    return BD_OK;
+}
+
+void
+bd_gpu_leave(int before)
+{
+    (void)before;
+}
+
 int
 bd_gpu_is_emulated(void)
 {

@@ -1,0 +1,104 @@
+/* cuda_call.c - see cuda_call.h; nothing in a build without kernels. */
+#include "module.h"
+
+#if BITDELTA_CUDA_KIND
+
+#include "cuda_call.h"
+
+int
+cuda_begin(cuda_call *call)
+{
+    const char *missing = NULL;
+    *call = (cuda_call){0};
+    Py_BEGIN_ALLOW_THREADS /* the first call loads the driver */
+        missing = bd_gpu_missing();
+    Py_END_ALLOW_THREADS
+    if (missing != NULL) {
+        raise_device_error("%s", missing);
+        return -1;
+    }
+    return 0;
+}
+
+tensor *
+cuda_acquire(module_state *state, cuda_call *call, PyObject *object, const char *name, int mode)
+{
+    tensor *view = &call->tensors[call->n_tensors];
+    const tensor *first = &call->tensors[0];
+    if (tensor_acquire(state, object, name, mode | TENSOR_GPU, view) < 0) {
+        return NULL;
+    }
+    call->n_tensors++;
+    if (view->device != first->device) {
+        raise_device_error("%s: expected memory of GPU %d, as the tensors before it, got GPU %d",
+                           name, first->device, view->device);
+        return NULL;
+    }
+    call->ctx.stream = first->stream;
+    return view;
+}
+
+/* From the first byte of a view to behind its last. */
+static size_t
+extent_bytes(const tensor *view)
+{
+    int64_t last = 0;
+    for (int i = 0; i < view->ndim; i++) {
+        if (view->shape[i] == 0) {
+            return 0;
+        }
+        last += (view->shape[i] - 1) * view->strides[i];
+    }
+    return (size_t)(last + 1) * view->dtype.bits / 8;
+}
+
+bd_status
+cuda_enter(cuda_call *call)
+{
+    bd_status status = bd_gpu_enter(call->tensors[0].device, &call->before, &call->ctx.capability,
+                                    &call->ctx.n_processors);
+    if (status != BD_OK) {
+        return status;
+    }
+    while (status == BD_OK && call->n_lent < call->n_tensors) {
+        const tensor *view = &call->tensors[call->n_lent];
+        status = bd_gpu_lend(view->data, extent_bytes(view), (view->mode & TENSOR_OUTPUT) != 0);
+        call->n_lent += status == BD_OK;
+    }
+    if (status != BD_OK) {
+        cuda_leave(call);
+    }
+    return status;
+}
+
+void
+cuda_leave(cuda_call *call)
+{
+    while (call->n_lent > 0) {
+        const tensor *view = &call->tensors[--call->n_lent];
+        bd_gpu_take_back(view->data, extent_bytes(view), (view->mode & TENSOR_OUTPUT) != 0);
+    }
+    bd_gpu_leave(call->before);
+}
+
+void
+cuda_end(cuda_call *call)
+{
+    PyObject *pending = save_exception(); /* a deleter may run anything */
+    while (call->n_tensors > 0) {
+        tensor_release(&call->tensors[--call->n_tensors]);
+    }
+    restore_exception(pending);
+}
+
+PyObject *
+cuda_return_status(bd_status status)
+{
+    if (status == BD_ERR_CUDA) {
+        raise_device_error("%s", bd_gpu_message());
+        return NULL;
+    }
+    return return_status(status);
+}
+
+#endif
