@@ -11,78 +11,25 @@ loaded whole (`Whole`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .array import to_float32
 from .checkpoint import Checkpoint
+from .collected import Collector, Stop, Weight, is_multiplied
 from .errors import Error
-from .inputs import F32, Inputs
+from .inputs import F32
+
+if TYPE_CHECKING:
+    from .mapping import Conversion
 
 BATCH_TOKENS = 2048
-BLOCK = 512  # columns of H
 I64 = NDArray[np.int64]
-
-
-class Collected:
-    """The inputs of one or several weights: H of the rows to fit on, and the rows held out themselves.
-
-    H is symmetric: only what is right of its blocks of the diagonal is summed, until `inputs`.
-    """
-
-    def __init__(self, columns: int) -> None:
-        self.hessian = np.zeros((columns, columns), np.float32)
-        self.held_out: list[F32] = []
-
-    def add(self, x: Any, is_held_out: bool) -> None:
-        import torch
-
-        flat = x.detach().reshape(-1, x.shape[-1]).float()
-        if is_held_out:
-            self.held_out.append(flat.numpy().copy())
-        else:
-            hessian = torch.from_numpy(self.hessian)
-            for begin in range(0, len(hessian), BLOCK):
-                own = flat[:, begin : begin + BLOCK]
-                hessian[begin : begin + BLOCK, begin:].addmm_(own.T, flat[:, begin:])
-
-    def inputs(self) -> Inputs:
-        for begin in range(0, len(self.hessian), BLOCK):
-            end = begin + BLOCK
-            self.hessian[end:, begin:end] = self.hessian[begin:end, end:].T
-        return Inputs(self.hessian)
-
-
-class Weight:
-    """A weight whose layer's inputs are known.
-
-    Attributes:
-        name: of the checkpoint's tensor.
-        collected: shared by all weights that read the same input.
-        is_turned: the inputs meet the rows of the weight.
-    """
-
-    def __init__(self, name: str, collected: Collected, is_turned: bool) -> None:
-        self.name, self.collected, self.is_turned = name, collected, is_turned
-
-
-class _Stop(Exception):
-    """The forward pass has gone as far as it is needed."""
-
-
-def is_multiplied(module: Any) -> bool | None:
-    """None: not a module that multiplies with its weight; else whether its inputs meet the weight's rows."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    if isinstance(module, Conv1D):
-        return True
-    return False if type(module) is torch.nn.Linear else None
 
 
 def build(checkpoint: Checkpoint, is_empty: bool) -> Any:
@@ -103,6 +50,10 @@ def build(checkpoint: Checkpoint, is_empty: bool) -> Any:
         config = kind.config_class.from_pretrained(checkpoint.root, local_files_only=True)
         with init_empty_weights(include_buffers=False), no_init_weights():
             model = kind._from_config(config, dtype=torch.float32)
+    for module in model.modules():  # the loop over experts, whose products can be watched
+        own: Any = getattr(module, "config", None)
+        if hasattr(own, "_experts_implementation"):
+            own._experts_implementation = "eager"
     return model.eval()
 
 
@@ -116,6 +67,46 @@ def checkpoint_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
                 found[name] = candidate
                 break
     return found
+
+
+FUSING = {"MergeModulelist", "Concatenate"}  # of experts [N, K] into a stack [E, N, K]
+
+
+def fused_names(model: Any, checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, Conversion]:
+    """Stacks of experts that transformers makes of several of the checkpoint's tensors; renamed ones join `names`."""
+    if all(name in names for name, _ in model.named_parameters()):
+        return {}
+    from .mapping import Mapping
+
+    mapped = Mapping(model).map(checkpoint)
+    for name, parameter in mapped.parameters.items():
+        names.setdefault(parameter, name)
+    return {
+        conversion.first: conversion
+        for conversion in mapped.conversions
+        if {type(operation).__name__ for operation in conversion.converter.operations} <= FUSING
+    }
+
+
+def watch_stacks(
+    collector: Collector,
+    parameters: Iterable[tuple[str, Any]],
+    names: dict[str, str],
+    fused: dict[str, Conversion],
+    wanted: Mapping[str, Any],
+) -> None:
+    """Watches those of the parameters that are stacks of experts with wanted tensors."""
+    for name, parameter in parameters:
+        if parameter.ndim != 3:
+            continue
+        if name in fused:
+            sources = fused[name].sources.values()
+            if all(len(own) == len(parameter) for own in sources):
+                experts = [list(own) for own in zip(*sources, strict=True)]
+                if any(own in wanted for expert in experts for own in expert):
+                    collector.watch_stack(parameter, experts, wanted)
+        elif names.get(name) in wanted:
+            collector.watch_stack(parameter, names[name], wanted)
 
 
 class Streamed:
@@ -133,6 +124,7 @@ class Streamed:
         self.checkpoint = checkpoint
         self.model = build(checkpoint, is_empty=True)
         self.names = checkpoint_names(self.model, checkpoint)
+        self.fused = fused_names(self.model, checkpoint, self.names)
         self.prefix, self.layers = self._find_layers()
         self._check_names()
         self.batches = _batches(tokens, n_held_out)
@@ -148,12 +140,14 @@ class Streamed:
             for rows, _ in self.batches:
                 try:
                     self.model(input_ids=torch.from_numpy(rows), use_cache=False)
-                except _Stop:
+                except Stop:
                     pass
 
     def weights(self, i: int) -> list[str]:
         """Names of the checkpoint's tensors in layer i."""
-        return [self.names[name] for name in self._parameters(i).values()]
+        own = self._parameters(i).values()
+        found = [[self.names[name]] if name in self.names else self.fused[name].names for name in own]
+        return [name for names in found for name in names]
 
     def run(
         self, i: int, wanted: Mapping[str, Any], values: Callable[[str], F32], keep: bool
@@ -169,13 +163,15 @@ class Streamed:
 
         layer = self.layers[i]
         for path, name in self._parameters(i).items():
-            _set(layer, path, torch.from_numpy(values(self.names[name])))
-        collector = _Collector()
+            _set(layer, path, self.value(name, values))
+        collector = Collector()
         for path, module in layer.named_modules():
             name = self.names.get(f"{self.prefix}.{i}.{path}.weight", "")
             if name in wanted and is_multiplied(module) is not None:
                 collector.watch(module, name)
-        with torch.inference_mode():
+        parameters = ((f"{self.prefix}.{i}.{path}", value) for path, value in layer.named_parameters())
+        watch_stacks(collector, parameters, self.names, self.fused, wanted)
+        with torch.inference_mode(), collector.watching():
             for at, (rows, is_held_out) in enumerate(self.batches):
                 args, kwargs = self._calls[i, len(rows)]
                 collector.is_held_out = is_held_out
@@ -188,6 +184,14 @@ class Streamed:
             _set(layer, path, None)
         return collector.weights
 
+    def value(self, name: str, values: Callable[[str], F32]) -> Any:
+        """A parameter of the model, from the checkpoint's tensors."""
+        import torch
+
+        if name in self.names:
+            return torch.from_numpy(values(self.names[name]))
+        return self.fused[name].run(lambda source: torch.from_numpy(values(source)))[name]
+
     def head(self, wanted: Mapping[str, Any]) -> list[Weight]:
         """Collects the inputs of the head, where it is a linear layer whose weight is wanted."""
         import torch
@@ -195,7 +199,7 @@ class Streamed:
         module, name = self.model.get_output_embeddings(), self.head_name()
         if module is None or name not in wanted or is_multiplied(module) is None:
             return []
-        collector = _Collector(stop=True)
+        collector = Collector(stop=True)
         collector.watch(module, name)
         with torch.inference_mode(), self._outside():
             for (rows, is_held_out), hidden in zip(self.batches, self.hidden, strict=True):
@@ -204,7 +208,7 @@ class Streamed:
                 with self._recording(partial(_always, last), note=False):
                     try:
                         self.model(input_ids=torch.from_numpy(rows), use_cache=False)
-                    except _Stop:
+                    except Stop:
                         pass
         collector.close()
         return collector.weights
@@ -244,7 +248,7 @@ class Streamed:
         head = self.model.get_output_embeddings()
         tied = {id(head.weight)} if head is not None and hasattr(head, "weight") else set()
         for name, parameter in self.model.named_parameters():
-            if name not in self.names and id(parameter) not in tied:
+            if name not in self.names and name not in self.fused and id(parameter) not in tied:
                 raise Error(f"{name} of {type(self.model).__name__} is no tensor of the checkpoint")
 
     def _parameters(self, i: int) -> dict[str, str]:
@@ -289,7 +293,7 @@ class Streamed:
                         self.hidden.append(hidden.float().numpy())
                     self._calls.setdefault((i, len(hidden)), (args, kwargs))
                     if i == last:
-                        raise _Stop
+                        raise Stop
                 out = replace(i, hidden)
                 return (out,) if self._is_tuple else out
 
@@ -317,6 +321,7 @@ class Whole:
     def __init__(self, checkpoint: Checkpoint, tokens: I64, n_held_out: int) -> None:
         self.model = build(checkpoint, is_empty=False)
         self.names = checkpoint_names(self.model, checkpoint)
+        self.fused = fused_names(self.model, checkpoint, self.names)
         self.batches = _batches(tokens, n_held_out)
 
     def collect(self, wanted: Mapping[str, Any], most: int = 1 << 30) -> Iterator[list[Weight]]:
@@ -325,6 +330,9 @@ class Whole:
             name = self.names.get(f"{path}.weight", "")
             if name in wanted and is_multiplied(module) is not None:
                 modules.append((name, module))
+        stacks = [(name, value) for name, value in self.model.named_parameters() if value.ndim == 3]
+        for name, value in stacks:  # each by itself: E times the H of a module
+            yield self._run([], [(name, value)], wanted)
         while modules:
             size = 0
             part: list[tuple[str, Any]] = []
@@ -332,56 +340,25 @@ class Whole:
                 name, module = modules.pop(0)
                 size += 4 * module.weight.shape[0 if is_multiplied(module) else 1] ** 2
                 part.append((name, module))
-            yield self._run(part)
+            yield self._run(part, [], wanted)
 
-    def _run(self, part: list[tuple[str, Any]]) -> list[Weight]:
+    def _run(
+        self, part: list[tuple[str, Any]], stacks: list[tuple[str, Any]], wanted: Mapping[str, Any]
+    ) -> list[Weight]:
         import torch
 
-        collector = _Collector()
+        collector = Collector()
         for name, module in part:
             collector.watch(module, name)
-        with torch.inference_mode():
+        watch_stacks(collector, stacks, self.names, self.fused, wanted)
+        if stacks and not collector.weights:
+            return []
+        with torch.inference_mode(), collector.watching():
             for rows, is_held_out in self.batches:
                 collector.is_held_out = is_held_out
                 self.model(input_ids=torch.from_numpy(rows))
         collector.close()
         return collector.weights
-
-
-class _Collector:
-    """Hooks that collect the inputs of modules; modules that read the same input share what is collected."""
-
-    def __init__(self, stop: bool = False) -> None:
-        self.is_held_out = False
-        self.weights: list[Weight] = []
-        self._stop = stop
-        self._hooks: list[Any] = []
-        self._last: tuple[Any, Collected] | None = None
-        self._own: dict[Any, Collected] = {}
-        self._leaders: set[Any] = set()
-
-    def watch(self, module: Any, name: str) -> None:
-        def note(module: Any, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            if module not in self._own:  # the first batch shows who shares
-                if self._last is not None and self._last[0] is x:
-                    self._own[module] = self._last[1]
-                else:
-                    self._own[module] = Collected(x.shape[-1])
-                    self._leaders.add(module)
-                self._last = (x, self._own[module])
-                self.weights.append(Weight(name, self._own[module], bool(is_multiplied(module))))
-            if module in self._leaders:
-                self._own[module].add(x, self.is_held_out)
-            if self._stop:
-                raise _Stop
-
-        self._hooks.append(module.register_forward_pre_hook(note))
-
-    def close(self) -> None:
-        self._last = None
-        for hook in self._hooks:
-            hook.remove()
 
 
 def _always(value: Any, i: int, hidden: Any) -> Any:

@@ -3,7 +3,8 @@
     text -> rows of tokens, an eighth of them held out
     per layer: run it (activations.py) -> inputs of its weights -> fit (fitting.py) -> held-out error -> write
 
-A weight whose error on the held-out rows does not fall keeps what the packed delta had. In memory are one layer of
+A weight whose error on the held-out rows does not fall keeps what the packed delta had; so does, by itself, each expert
+of a mixture, whose rows are those routed to it. In memory are one layer of
 both models, its H = X^T X and the rows' hidden states. Killed, the same call goes on at the layer where it was: the
 hidden states lie beside the folder that is being written. Embeddings are fitted to all their rows alike; a head that is
 tied to them to its inputs. Needs PyTorch, transformers and accelerate, imported inside.
@@ -36,7 +37,7 @@ from .inputs import F32, Inputs
 from .packfile import PACKED, Packfile, load
 from .packfile_writer import PackfileWriter
 from .progress import progress_bar
-from .residual import relative, sample, squared_errors
+from .residual import Sums, relative, sample, squared_errors
 from .spend import record
 from .table import table
 
@@ -74,7 +75,8 @@ def calibrate(
 
     Returns:
         A dict that JSON can hold; `tensors` has the held-out output error of each, before and after, relative to
-        the output of finetuned - base; `kept` names those that stay as they were.
+        the output of finetuned - base; `kept` names those that stay as they were, `kept_experts`
+        those matrices of a stack [E, N, K].
 
     Raises:
         ValueError: an option out of range; NaN or Inf in weights or activations (the text names the layer).
@@ -189,7 +191,7 @@ class _Run:
         self.bar = progress_bar("calibrate", len(packfile.entries), progress, " tensors")
         self.bar.update(len(writer.entries))
         self.mode = ""
-        self.fitted: dict[str, Delta] = {}  # of the layer at hand
+        self.fitted: dict[str, Any] = {}  # a Delta or several, of the layer at hand
 
     def all(self) -> None:
         from .activations import Streamed, Whole
@@ -246,20 +248,74 @@ class _Run:
         return {name: entry for name, entry in self.wanted.items() if name not in self.writer.entries}
 
     def _fit_all(self, weights: Iterable[Any]) -> None:
-        known: dict[int, Inputs] = {}
+        groups: dict[int, list[Any]] = {}
         for weight in weights:
-            collected = weight.collected
-            try:
-                inputs = known.setdefault(id(collected), collected.inputs())
-            except ValueError:
-                raise ValueError(f"{weight.name}: NaN or Inf in the activations that reach it") from None
-            self._fit(weight.name, inputs, np.concatenate(collected.held_out), weight.is_turned)
+            groups.setdefault(id(weight.collected[0]), []).append(weight)
+        del weights
+        for key in list(groups):
+            group = groups.pop(key)  # of the same inputs, which are dropped again after it
+            if group[0].is_stack:
+                self._fit_stack(group[0])
+                continue
+            inputs, held_out = _inputs(group[0], 0)
+            for weight in group:
+                if inputs is None:
+                    self._keep(weight.name)
+                else:
+                    self._fit(weight.name, inputs, held_out, weight.is_turned)
 
     def _fit(self, name: str, inputs: Inputs, held_out: F32 | None, is_turned: bool = False) -> None:
         """Fits one weight and writes it; held_out None: all rows of the weight count alike."""
-        entry, before, after = self.wanted[name], *self._pair(name)
-        plain = self.packfile[name]
+        before, after, plain = *self._pair(name), self.packfile[name]
         assert isinstance(plain, Delta)
+        chosen, sums = self._chosen(name, before, after, plain, inputs, held_out, is_turned)
+        self.fitted[name] = chosen
+        if name not in self.writer.entries:
+            old, new = map(relative, sums)
+            self._write(name, chosen, relative(sample(before, after, chosen)), old, new)
+
+    def _fit_stack(self, weight: Any) -> None:
+        """Each expert by the rows that are routed to it; without any, or where it gains nothing, it stays."""
+        name, plains = weight.name, self.packfile[weight.name]
+        before, after = self.source[name].array(), self.target[name].array()
+        assert isinstance(plains, tuple)
+        chosen, kept = [], []
+        total = [[0.0, 0.0], [0.0, 0.0]]  # before and after: wrong, of all
+        for e, plain in enumerate(plains):
+            inputs, held_out = _inputs(weight, e)
+            best = plain
+            if inputs is not None:
+                best, sums = self._chosen(name, before[e], after[e], plain, inputs, held_out, False)
+                total = [
+                    [a + b for a, b in zip(*both, strict=True)] for both in zip(total, sums, strict=True)
+                ]
+            if best is plain:
+                kept.append(e)
+            chosen.append(best)
+        self.fitted[name] = tuple(chosen)
+        if name not in self.writer.entries:
+            old, new = (relative((wrong, of)) for wrong, of in total)
+            self._write(name, chosen, relative(sample(before, after, chosen)), old, new, kept_experts=kept)
+
+    def _keep(self, name: str) -> None:
+        """No row reached it, or none that is held out."""
+        self.fitted[name] = self.packfile[name]
+        if name not in self.writer.entries:
+            error = self.packfile.entries[name].get("relative_error")
+            self._write(name, self.packfile[name], error, None, None)
+
+    def _chosen(
+        self,
+        name: str,
+        before: np.ndarray,
+        after: np.ndarray,
+        plain: Delta,
+        inputs: Inputs,
+        held_out: F32 | None,
+        is_turned: bool,
+    ) -> tuple[Delta, tuple[Sums, Sums]]:
+        """The fitted delta or the plain one, whichever has the smaller error on held-out rows, and what both have."""
+        entry = self.wanted[name]
         chosen = fit_weight(
             before,
             after,
@@ -271,16 +327,12 @@ class _Run:
             is_turned,
         )
         if held_out is None:
-            old, new = (relative(squared_errors(before, after, delta)) for delta in (plain, chosen))
+            old, new = (squared_errors(before, after, delta) for delta in (plain, chosen))
         else:
             d = to_float32(after) - to_float32(before)
             wrong, total = output_errors(d, [plain, chosen], held_out, is_turned)
-            old, new = (relative((x, total)) for x in wrong)
-        if not (old is not None and new is not None and new < old):
-            chosen, new = plain, old
-        self.fitted[name] = chosen
-        if name not in self.writer.entries:
-            self._write(name, chosen, relative(sample(before, after, chosen)), old, new)
+            old, new = ((x, total) for x in wrong)
+        return (chosen, (old, new)) if new[0] < old[0] else (plain, (old, old))
 
     def _pair(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         before, after = self.source[name].array(), self.target[name].array()
@@ -299,7 +351,7 @@ class _Run:
                 self._write(name, self.packfile[name], error, entry.get("output_error_before"), known)
 
     def _write(
-        self, name: str, value: Any, error: float | None, old: float | None, new: float | None
+        self, name: str, value: Any, error: float | None, old: float | None, new: float | None, **about: Any
     ) -> None:
         entry = self.packfile.entries[name]
         if entry["form"] == "tied":
@@ -313,6 +365,7 @@ class _Run:
             relative_error=_rounded(error),
             output_error=_rounded(new),
             output_error_before=_rounded(old),
+            **about,
             **{field: entry[field] for field in KEPT if field in entry},
         )
         self.bar.update()
@@ -326,6 +379,9 @@ class _Run:
         if isinstance(value, Delta):
             before = self.source[name].array()
             return np.array(to_float32(value.expand(before[: value.shape[0]])))
+        if isinstance(value, tuple):
+            before = self.source[name].array()
+            return np.stack([to_float32(one.expand(own)) for one, own in zip(value, before, strict=True)])
         return self._finetuned(name)
 
     def report(self, out_dir: str | os.PathLike[str], seconds: float) -> dict[str, Any]:
@@ -345,6 +401,7 @@ class _Run:
             "held_out_tokens": int(self.tokens[: self.n_held_out].size),
             "fitted": len(fitted),
             "kept": kept,
+            "kept_experts": {name: e["kept_experts"] for name, e in entries.items() if e.get("kept_experts")},
             "output_error_before": _mean([t["before"] for t in fitted]),
             "output_error": _mean([t["after"] for t in fitted]),
             "tensors": tensors,
@@ -358,6 +415,17 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
     yield ""
     rows = [[t["name"], f"{t['before']:.4f}", f"{t['after']:.4f}"] for t in report["tensors"]]
     yield from table(("tensor", ">before", ">after"), rows, "error of the output on text held out, relative")
+
+
+def _inputs(weight: Any, e: int) -> tuple[Inputs | None, F32 | None]:
+    """Of its e-th matrix: H, and the rows held out; None where no row reaches it, or none that is held out."""
+    collected = weight.collected[e]
+    if not collected.held_out or getattr(collected, "n_rows", 1) == 0:
+        return None, None
+    try:
+        return collected.inputs(), np.concatenate(collected.held_out)
+    except ValueError:
+        raise ValueError(f"{weight.name}: NaN or Inf in the activations that reach it") from None
 
 
 def _rounded(error: float | None) -> float | None:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from .array import to_float32
 from .budget import Candidate
+from .collected import Routed
 from .delta import Delta, extract
 from .errors import Error
 from .fitting import ROWS
@@ -180,7 +181,9 @@ class _Run:
     def _measure_all(self, weights: Iterable[Any]) -> None:
         known: dict[int, Inputs] = {}
         for weight in weights:
-            collected = weight.collected
+            collected = weight.collected[0]
+            if isinstance(collected, Routed):  # an expert: estimated
+                continue
             try:
                 inputs = known.setdefault(id(collected), collected.inputs())
             except ValueError:

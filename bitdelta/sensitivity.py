@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .activations import Streamed, Whole, _always, _set, _Stop, is_multiplied
+from .activations import Streamed, Whole, _always, _set
 from .array import to_float32
+from .collected import Stop, is_multiplied
 from .inputs import F32
 
 ROWS = 4096  # of the head at a time
@@ -136,7 +137,7 @@ def _through_head(model: Streamed, found: Sensitivity, rng: np.random.Generator)
         with model._outside(), model._recording(partial(_always, last), note=False):
             try:
                 seen.append(model.model(input_ids=torch.from_numpy(rows), use_cache=False)[0])
-            except _Stop:
+            except Stop:
                 pass
         if hook is not None:
             hook.remove()
@@ -165,7 +166,7 @@ def _through_layer(
     layer, before = model.layers[i], []
     paths = model._parameters(i)
     for path, name in paths.items():
-        _set(layer, path, torch.from_numpy(_values(model, model.names[name])))
+        _set(layer, path, model.value(name, partial(_values, model)))
     with _watching(layer, f"{model.prefix}.{i}.", model.names, found):
         for x, g in zip(hidden, gradients, strict=True):
             args, kwargs = _usable(model._calls[i, len(x)])
@@ -188,7 +189,7 @@ def _through_tables(model: Streamed, gradients: list[F32], found: Sensitivity) -
             with model._recording(partial(_note, first), note=False):
                 try:
                     model.model(input_ids=torch.from_numpy(rows), use_cache=False)
-                except _Stop:
+                except Stop:
                     pass
             first[0].backward(torch.from_numpy(g))
 
@@ -224,12 +225,12 @@ def _watching(root: Any, prefix: str, names: dict[str, str], found: Sensitivity)
 
 def _stop(seen: list[Any], module: Any, args: tuple[Any, ...]) -> None:
     seen.append(args[0])
-    raise _Stop
+    raise Stop
 
 
 def _note(first: list[Any], i: int, hidden: Any) -> Any:
     first.append(hidden)
-    raise _Stop
+    raise Stop
 
 
 def _usable(call: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:

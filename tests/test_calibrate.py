@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
 import bitdelta
 from bitdelta import activations, demo
@@ -42,6 +44,10 @@ def config(kind, layers=2, tied=False, hidden=32):
             vocab_size=VOCABULARY, n_embd=32, n_layer=layers, n_head=4, n_positions=64
         ),
         "bert": lambda: transformers.BertConfig(**common),
+        "mixtral": lambda: transformers.MixtralConfig(**common, **grouped, num_local_experts=4),
+        "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+            **common, **grouped, num_experts=6, moe_intermediate_size=40, shared_expert_intermediate_size=40
+        ),
     }[kind]()
 
 
@@ -118,10 +124,10 @@ def test_layers_one_by_one_see_what_the_whole_model_sees(pairs, monkeypatch, kin
             assert kind == "gpt2" and weight.name.endswith("wte.weight")  # tied: the head's inputs
             continue
         assert weight.is_turned == same.is_turned == (kind == "gpt2" and ".h." in weight.name)
-        for a, b in zip(weight.collected.held_out, same.collected.held_out, strict=True):
+        for a, b in zip(weight.collected[0].held_out, same.collected[0].held_out, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
-        hessian = same.collected.hessian
-        np.testing.assert_allclose(weight.collected.hessian, hessian, atol=1e-4 * np.abs(hessian).max())
+        hessian = same.collected[0].hessian
+        np.testing.assert_allclose(weight.collected[0].hessian, hessian, atol=1e-4 * np.abs(hessian).max())
 
 
 def test_weights_that_read_the_same_input_share_it(pairs):
@@ -132,7 +138,7 @@ def test_weights_that_read_the_same_input_share_it(pairs):
     found = streamed.run(0, wanted, lambda name: np.array(to_float32(checkpoint[name].array())), True)
     groups = {}
     for weight in found:
-        groups.setdefault(id(weight.collected), set()).add(weight.name.split(".")[-2])
+        groups.setdefault(id(weight.collected[0]), set()).add(weight.name.split(".")[-2])
     assert sorted(map(sorted, groups.values())) == [
         ["down_proj"],
         ["gate_proj", "up_proj"],
@@ -168,7 +174,7 @@ def test_report_has_the_error_on_the_rows_held_out(pairs, tmp_path):
     told = next(tensor for tensor in report["tensors"] if tensor["name"] == name)
     for folder, key in ((root / "delta", "before"), (tmp_path / "out", "after")):
         delta = bitdelta.load(folder)[name]
-        wrong, total = output_error(d, delta, np.concatenate(weight.collected.held_out))
+        wrong, total = output_error(d, delta, np.concatenate(weight.collected[0].held_out))
         assert told[key] == pytest.approx((wrong / total) ** 0.5, rel=1e-3)
     entry = bitdelta.load(tmp_path / "out").entries[name]
     assert (entry["output_error_before"], entry["output_error"]) == (told["before"], told["after"])
@@ -225,6 +231,91 @@ def test_other_models_are_loaded_whole(pairs, tmp_path):
     with pytest.raises(bitdelta.Error, match="inputs: compressed needs a model that runs layer by layer"):
         calibrated(root, tmp_path / "other", inputs="compressed")
     assert not (tmp_path / "other").exists()
+
+
+def stacked(root):
+    """The same pair with its experts in the checkpoint as in memory: [E, N, K]."""
+    out = root / "stacked"
+    if not out.exists():
+        for kind in ("base", "finetuned"):
+            model = transformers.AutoModelForCausalLM.from_pretrained(root / kind, dtype=torch.bfloat16)
+            (out / kind).mkdir(parents=True)
+            state = {name: value.contiguous() for name, value in model.state_dict().items()}
+            save_file(state, out / kind / "model.safetensors", metadata={"format": "pt"})
+            shutil.copy(root / kind / "config.json", out / kind)
+        bitdelta.compress(out / "base", out / "finetuned", out / "delta")
+    return out
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+def test_an_expert_sees_the_rows_routed_to_it(pairs, kind):
+    checkpoint = open_checkpoint(pairs(kind) / "finetuned")
+    wanted, rows = dict.fromkeys(checkpoint), tokens(8)
+    streamed = activations.Streamed(checkpoint, rows, 2)
+    streamed.embed()
+    found = streamed.run(0, wanted, lambda name: np.array(to_float32(checkpoint[name].array())), True)
+    whole = activations.Whole(checkpoint, rows, 2)
+    for weight in [weight for part in whole.collect(wanted) for weight in part]:
+        same = next((other for other in found if other.name == weight.name), None)
+        if same is not None and ".experts." in weight.name:
+            expected = weight.collected[0].inputs().hessian
+            assert np.allclose(
+                same.collected[0].inputs().hessian, expected, atol=1e-4 * np.abs(expected).max()
+            )
+    seen = {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(pairs(kind) / "finetuned", dtype=torch.float32)
+    experts = model.model.layers[0].mlp.experts
+    experts.register_forward_pre_hook(lambda module, args: seen.update(x=args[0], index=args[1]))
+    with torch.inference_mode():
+        model(input_ids=torch.from_numpy(rows[:-2]))
+    x, index = seen["x"].numpy(), seen["index"].numpy()
+    n_checked = 0
+    for weight in found:
+        if weight.name.endswith((".w1.weight", ".w3.weight", "gate_proj.weight", "up_proj.weight")):
+            if ".experts." in weight.name:
+                mine = x[(index == int(weight.name.split(".experts.")[1].split(".")[0])).any(axis=1)]
+                assert weight.collected[0].n_rows == len(mine)
+                got = weight.collected[0].inputs().hessian
+                assert np.allclose(got, mine.T @ mine, atol=1e-4 * np.abs(got).max())
+                n_checked += 1
+    assert n_checked == 2 * len(experts.down_proj)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("is_stacked", [False, True])
+@pytest.mark.parametrize("inputs", ["finetuned", "compressed"])
+def test_experts_are_fitted(pairs, tmp_path, kind, is_stacked, inputs):
+    root = stacked(pairs(kind)) if is_stacked else pairs(kind)
+    report = calibrated(root, tmp_path / "out", inputs=inputs)
+    assert report["mode"] == "layer by layer"
+    expert = {t["name"]: t for t in report["tensors"] if ".experts." in t["name"]}
+    wanted = [name for name, e in bitdelta.load(root / "delta").entries.items() if ".experts." in name]
+    assert wanted and set(expert) | set(report["kept"]) >= set(wanted)
+    assert sum(t["after"] < t["before"] for t in expert.values()) > 0.7 * len(wanted)
+    assert bitdelta.verify(tmp_path / "out", root / "base", root / "finetuned")["ok"]
+    errors = []
+    for delta in (root / "delta", tmp_path / "out"):
+        merged = tmp_path / f"merged-{delta.name}"
+        bitdelta.merge(root / "base", delta, merged)
+        errors.append(np.square(logits(merged) - logits(root / "finetuned")).mean())
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_an_expert_that_no_row_reaches_keeps_its_signs_and_is_named(pairs, tmp_path):
+    root = stacked(pairs("qwen2_moe"))
+    few = np.full((9, 2), 7)  # one token: few experts
+    report = bitdelta.calibrate(root / "base", root / "finetuned", root / "delta", few, tmp_path / "out")
+    kept = report["kept_experts"]
+    before, after = bitdelta.load(root / "delta"), bitdelta.load(tmp_path / "out")
+    stacks = [name for name, entry in before.entries.items() if len(entry["shape"]) == 3]
+    assert set(kept) == set(stacks) and all(0 < len(experts) for experts in kept.values())
+    assert any(len(kept[name]) < 6 for name in stacks)
+    for name in stacks:
+        for e in range(6):
+            same = np.array_equal(before[name][e].sign, after[name][e].sign) and np.array_equal(
+                before[name][e].scale, after[name][e].scale
+            )
+            assert same == (e in kept[name])
 
 
 @pytest.mark.parametrize("scale", ["tensor", "rank1"])

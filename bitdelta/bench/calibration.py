@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from .. import ops, threads
-from ..activations import BATCH_TOKENS, Collected
+from ..activations import BATCH_TOKENS
+from ..collected import Collected
 from ..delta import Delta, extract
 from ..fitting import fit, output_errors
 from ..table import table
