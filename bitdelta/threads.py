@@ -26,6 +26,9 @@ _machine = 0  # affinity and quota; 0: not asked yet
 def set_num_threads(n: int | None) -> None:
     """Sets how many threads the kernels use, the caller included; calls that run keep what they have.
 
+    Products of many rows with the base, and of calibration with H, are NumPy's or PyTorch's: those follow
+    `threadpoolctl.threadpool_limits`, OPENBLAS_NUM_THREADS or `torch.set_num_threads`, not this.
+
     Args:
         n: 1 to 1024, or None: the default again.
 
