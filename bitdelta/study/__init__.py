@@ -4,7 +4,7 @@
     measure.py   how near to the fine-tune             table.py   mean and spread over seeds
 
 Every other module is a study: TITLE, `rows(trial)` that yields labels and scores, and, where they differ from the
-usual, COLUMNS, TUNE (the fine-tune) and `judge(rows)`, lines that follow the table. The models stand in for the
+usual, COLUMNS, TUNE (the fine-tune) and GOALS (ratios between rows). The models stand in for the
 paper's, which are not small: relations between methods carry over, figures do not.
 """
 
@@ -21,8 +21,12 @@ from typing import Any
 from ..training import Log, silent
 
 STUDIES = {
-    "budget": "a budget of bits against uniform planes of the same bytes",
+"goals": "error against the original recipe, with the goals of this package",
     "scales": "scale distillation, for each form of scales",
+    "signs": "signs and scales fitted together, without gradients",
+    "svd": "low ranks of as many bytes, before and after distillation",
+    "planes": "0 to 8 planes, one after the other and fitted together",
+    "budget": "a budget of bits against uniform planes of the same bytes",
 }
 SEEDS = (0, 1, 2)
 
@@ -59,7 +63,7 @@ def run(
     torch, _ = libraries("a study")
     from ..bench import machine
     from .pair import FULL, SIZES, make_pair
-    from .table import rows_of
+    from .table import judge, rows_of
     from .trial import Trial
 
     if size not in SIZES:
@@ -77,7 +81,7 @@ def run(
         "seeds": list(seeds),
         "size": {"name": size, **asdict(SIZES[size])},
         "rows": rows,
-        "judged": module.judge(rows) if hasattr(module, "judge") else [],
+        "goals": judge(rows, getattr(module, "GOALS", ())),
         "machine": machine.describe(),
         "threads": torch.get_num_threads(),
         "seconds": round(time.perf_counter() - start, 1),
@@ -86,14 +90,14 @@ def run(
 
 def describe(report: dict[str, Any]) -> Iterator[str]:
     """The report as lines of text."""
-    from .table import COLUMNS, lines
+    from .table import COLUMNS, lines, verdicts
 
     module = importlib.import_module(f"{__name__}.{report['study']}")
     n = len(report["seeds"])
     title = f"{report['title']}: {n} seed{'s' * (n > 1)}{', mean +- standard deviation' * (n > 1)}"
     yield from lines(report["rows"], title, getattr(module, "COLUMNS", COLUMNS))
-    if report["judged"]:
+    if report["goals"]:
         yield ""
-        yield from report["judged"]
+        yield from verdicts(report["goals"])
     yield ""
     yield f"a stand-in of size {report['size']['name']}; the whole took {report['seconds']} s"

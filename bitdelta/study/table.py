@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..table import table
@@ -24,6 +25,16 @@ COLUMNS = (  # title, where it is in the row, factor
     ("top-1 prose %", "prose", "top1", 100.0),
 )
 Column = tuple[str, str, str, float]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A row's mean ratio to another row, seed by seed, is at most `limit`, for each of these values."""
+
+    label: str
+    against: str
+    limit: float
+    values: tuple[tuple[str, str], ...] = (("code", "logit_mse"), ("prose", "logit_mse"))
 
 
 def rows_of(per_seed: Sequence[dict[str, Scores]]) -> list[dict[str, Any]]:
@@ -66,3 +77,29 @@ def _number(value: float, digits: int = 3) -> str:
         return f"{value:g}"
     places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     return f"{value:.{min(places, 8)}f}"
+
+
+def judge(rows: Sequence[dict[str, Any]], goals: Sequence[Goal]) -> list[dict[str, Any]]:
+    """For every goal its ratios and whether they meet it; JSON."""
+    by_label, judged = {row["label"]: row for row in rows}, []
+    for goal in goals:
+        mine, other = by_label[goal.label], by_label[goal.against]
+        ratios = {}
+        for group, name in goal.values:
+            pairs = zip(mine[group][name]["values"], other[group][name]["values"], strict=True)
+            ratios[name if group == "about" else group] = _summary([a / b for a, b in pairs])
+        is_met = all(ratio["mean"] <= goal.limit for ratio in ratios.values())
+        judged.append(
+            {"row": goal.label, "against": goal.against, "limit": goal.limit, "ratios": ratios, "met": is_met}
+        )
+    return judged
+
+
+def verdicts(judged: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The goals as text."""
+    cells = []
+    for goal in judged:
+        ratios = ", ".join(f"{_cell(ratio, 1.0)} {name}" for name, ratio in goal["ratios"].items())
+        verdict = "met" if goal["met"] else "missed"
+        cells.append([goal["row"], goal["against"], f"{goal['limit']:g}x", ratios, verdict])
+    yield from table(("row", "against", ">goal", "ratio", ""), cells, "goals")

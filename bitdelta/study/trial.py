@@ -7,7 +7,9 @@ how the linears are compressed. A delta asked for twice is made once.
 from __future__ import annotations
 
 import time
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ..calibrate import calibrate
 from ..compress import compress
@@ -33,6 +35,13 @@ class Trial:
         self.pair, self.folder, self.steps, self.log = pair, folder, steps, log
         self.measure = Measure(pair)
         self.seconds: dict[Path, float] = {}  # what making a delta took, without the delta it began with
+
+    @cached_property
+    def teacher(self) -> Any:
+        """The fine-tune's logits of the calibration text, for recipes of a study's own."""
+        from .gradient import teacher
+
+        return teacher(self.pair)
 
     def plain(self, planes: int = 1, scale: str = "row") -> Path:
         """sign(d) and mean |d|."""
