@@ -1,6 +1,7 @@
 """The studies on their tiny models, and what of the field's claims holds on a small transformer."""
 
 import json
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from bitdelta import study
+from bitdelta import study, training
 from bitdelta.cli import main
-from bitdelta.study import budget, table
+from bitdelta.study import budget, original, planes, svd, table
+from bitdelta.study.gradient import replace_linears
 from bitdelta.study.pair import SIZES, make_pair
 from bitdelta.study.trial import Trial
 
@@ -60,7 +62,7 @@ def test_the_command_lists_the_studies_and_refuses_others(capsys):
     assert main(["study", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["studies"]) == set(study.STUDIES)
     assert main(["study", "nothing"]) == 2
-    assert "study: expected one of budget, " in capsys.readouterr().err
+    assert "study: expected one of goals, scales, " in capsys.readouterr().err
     assert main(["study", "scales", "--size", "huge"]) == 2
     assert "size: expected one of small, tiny, got 'huge'" in capsys.readouterr().err
 
@@ -72,3 +74,140 @@ def test_a_budget_errs_no_more_than_uniform_planes_of_its_bytes(tiny_pair, tmp_p
     assert bits[1] <= bits[0] < bits[3] <= bits[2]
     judged = budget.judge(rows)
     assert len(judged) == 2 and all(line.startswith("holds:") for line in judged), judged
+
+
+@pytest.fixture(scope="module")
+def scores(trial):
+    """Study -> label -> scores, of every study on the same tiny pair."""
+    return {
+        name: dict(import_module(f"bitdelta.study.{name}").rows(trial))
+        for name in ("goals", "scales", "svd", "planes")
+    }
+
+
+def error(scores, text="code"):
+    return scores[text]["logit_mse"]
+
+
+def test_every_row_of_every_study_is_measured(scores):
+    for name, rows in scores.items():
+        assert len(rows) > 5, name
+        table.rows_of([rows])
+
+
+@pytest.mark.parametrize("text", ("code", "prose"))
+def test_distillation_lowers_the_error_and_more_scales_lower_it_further(scores, text):
+    rows = {label: error(row, text) for label, row in scores["scales"].items() if "," in label}
+    for scale in ("tensor", "row", "rank1"):
+        assert rows[f"{scale}, distilled"] < rows[f"{scale}, initial"]
+    assert rows["tensor, initial"] > 4 * rows["tensor, distilled"]
+    assert rows["rank1, distilled"] < rows["row, distilled"] < rows["tensor, distilled"]
+
+
+def test_one_bit_recovers_more_than_low_ranks_of_equal_bytes(scores):
+    low, bits = scores["svd"]["SVD, distilled"], scores["svd"]["1 bit tensor, distilled"]
+    for metric in ("recovered", "top1"):
+        assert bits["code"][metric] > low["code"][metric]
+
+
+@pytest.mark.parametrize("kind", ("one after the other", "fitted together"))
+@pytest.mark.parametrize("text", ("code", "prose"))
+def test_every_further_plane_lowers_the_error(scores, kind, text):
+    rows = scores["planes"]
+    errors = [
+        error(rows["0, linears of the base"], text),
+        *(error(rows[f"{p}, {kind}"], text) for p in planes.PLANES),
+    ]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_further_planes_lower_the_error_after_distillation(trial):
+    found = [trial.score(trial.distilled(trial.plain(planes))) for planes in (1, 2, 4)]
+    assert error(found[0]) > error(found[1]) > error(found[2])
+
+
+def test_random_signs_recover_nothing(trial, scores):
+    """Signs carry the fine-tune, not the size of the change: 0.2 points above no planes at most."""
+    import torch
+
+    class Coin(original.SignLinear):
+        def __init__(self, weight, finetuned):
+            super().__init__(weight, finetuned)
+            self.sign = torch.where(torch.rand(weight.shape, generator=generator) < 0.5, -1.0, 1.0)
+
+    generator, model = torch.Generator().manual_seed(0), training.load(trial.pair.finetuned)
+    replace_linears(model, Coin, training.load(trial.pair.base))
+    none = scores["planes"]["0, linears of the base"]["code"]["recovered"]
+    assert trial.measure.model(model)["code"]["recovered"] <= none + 0.002
+
+
+def test_calibrating_on_other_text_costs_little(trial, tiny_pair, tmp_path):
+    """Of one scale a matrix: on prose, code or random tokens within 1.5 points of recovery of one another."""
+    shape = tiny_pair.calibration.shape
+    plain = trial.plain(1, "tensor")
+    texts = {
+        "code": tiny_pair.rows(training.code(), tiny_pair.size.measured_tokens, shape[0] * shape[1]),
+        "noise": np.random.default_rng(0).integers(0, len(tiny_pair.tokenizer), shape),
+    }
+    prose = trial.score(trial.distilled(plain))["code"]["recovered"]
+    found = {name: trial.score(trial.distilled(plain, tokens=tokens)) for name, tokens in texts.items()}
+    recovered = [prose, *(scores["code"]["recovered"] for scores in found.values())]
+    assert min(recovered) > max(recovered) - 0.015
+
+
+def test_scales_from_512_tokens_come_near_distillation(trial):
+    """Least squares of each row's scale on activations, without gradients: within 5 points of recovery."""
+    quick = trial.score(trial.fitted(1, "row", fit="scales", tokens=512))["code"]["recovered"]
+    assert quick > trial.score(trial.distilled(trial.plain()))["code"]["recovered"] - 0.05
+
+
+def test_the_original_recipe_trains_everything_and_drops_the_planes_part_of_dx(trial):
+    import torch
+
+    model = original.compressed(trial.pair)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {"model.embed_tokens.weight", "model.norm.weight"} < names
+    assert sum(name.endswith("proj.scale") for name in names) == 7 * trial.pair.size.layers
+    assert not any(name.endswith("proj.weight") for name in names)
+    linear = model.model.layers[0].mlp.up_proj
+    x = torch.randn(3, linear.weight.shape[1], requires_grad=True)
+    y = linear(x)
+    dense = linear.weight + linear.scale * linear.sign
+    torch.testing.assert_close(y, x @ dense.T)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(dx, torch.ones_like(y) @ linear.weight)
+
+
+def test_the_rank_of_equal_bytes():
+    assert svd.equal_rank(4096, 4096) == 129  # 128 for the signs, one more for the scales
+    assert 2 * svd.equal_rank(256, 768) * (256 + 768) <= 256 * 768 / 8 + 4 * 256
+
+
+def test_goals_compare_seed_by_seed():
+    def scores(code, prose):
+        return {"code": {"logit_mse": code}, "prose": {"logit_mse": prose}}
+
+    seeds = [{"a": scores(a, a), "b": scores(4.0, 9 * 4.0)} for a in (1.0, 2.0)]
+    rows = table.rows_of(seeds)
+    (met,) = table.judge(rows, [table.Goal("a", "b", 0.4)])
+    assert met["met"] and met["ratios"]["code"]["values"] == [0.25, 0.5]
+    (missed,) = table.judge(rows, [table.Goal("b", "a", 0.4)])
+    assert not missed["met"]
+    text = "\n".join(table.verdicts([met, missed]))
+    assert "0.4x" in text and "met" in text and "missed" in text
+
+
+def test_the_command_prints_a_study(study_folder, tiny_pair, capsys):
+    arguments = ["study", "signs", "--size", "tiny", "--seed", "0", "--folder", str(study_folder)]
+    assert main([*arguments, "--json"]) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert report["seeds"] == [0] and report["size"]["hidden"] == 64
+    errors = {row["label"]: row["code"]["logit_mse"]["mean"] for row in report["rows"]}
+    assert (
+        errors["fitted, row, 3 rounds"]
+        < errors["sign(d), row, least squares"]
+        < errors["sign(d), row, mean |d|"]
+    )
+    assert "training" not in captured.err  # the session's pair
+    assert "signs" in "\n".join(study.describe(report))

@@ -4,8 +4,8 @@
     measure.py   how near to the fine-tune             table.py   mean and spread over seeds
 
 Every other module is a study: TITLE, `rows(trial)` that yields labels and scores, and, where they differ from the
-usual, COLUMNS, TUNE (the fine-tune) and GOALS (ratios between rows). The models stand in for the
-paper's, which are not small: relations between methods carry over, figures do not.
+usual, COLUMNS, TUNE (the fine-tune), GOALS (ratios between rows) and `judge(rows)`, lines that follow the table. The
+models stand in for the paper's, which are not small: relations between methods carry over, figures do not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from ..training import Log, silent
 
 STUDIES = {
-"goals": "error against the original recipe, with the goals of this package",
+    "goals": "error against the original recipe, with the goals of this package",
     "scales": "scale distillation, for each form of scales",
     "signs": "signs and scales fitted together, without gradients",
     "svd": "low ranks of as many bytes, before and after distillation",
@@ -81,6 +81,7 @@ def run(
         "seeds": list(seeds),
         "size": {"name": size, **asdict(SIZES[size])},
         "rows": rows,
+        "judged": module.judge(rows) if hasattr(module, "judge") else [],
         "goals": judge(rows, getattr(module, "GOALS", ())),
         "machine": machine.describe(),
         "threads": torch.get_num_threads(),
@@ -96,6 +97,9 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
     n = len(report["seeds"])
     title = f"{report['title']}: {n} seed{'s' * (n > 1)}{', mean +- standard deviation' * (n > 1)}"
     yield from lines(report["rows"], title, getattr(module, "COLUMNS", COLUMNS))
+    if report["judged"]:
+        yield ""
+        yield from report["judged"]
     if report["goals"]:
         yield ""
         yield from verdicts(report["goals"])

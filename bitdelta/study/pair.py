@@ -96,15 +96,15 @@ class Pair:
     @cached_property
     def calibration(self) -> Tokens:
         """Prose that no model was trained on."""
-        return self._rows(training.prose(), 0, self.size.calibration_tokens)
+        return self.rows(training.prose(), 0, self.size.calibration_tokens)
 
     @cached_property
     def measured(self) -> dict[str, Tokens]:
         """Code and prose that nothing was trained or calibrated on."""
-        prose = self._rows(training.prose(), self.size.calibration_tokens, self.size.measured_tokens)
-        return {"code": self._rows(training.code(), 0, self.size.measured_tokens), "prose": prose}
+        prose = self.rows(training.prose(), self.size.calibration_tokens, self.size.measured_tokens)
+        return {"code": self.rows(training.code(), 0, self.size.measured_tokens), "prose": prose}
 
-    def _rows(self, text: str, first: int, count: int) -> Tokens:
+    def rows(self, text: str, first: int, count: int) -> Tokens:
         """`count` tokens of the text's held-out end, from token `first` on."""
         ids = self.tokenizer(training.held_out(text, HELD_OUT), verbose=False)["input_ids"]
         ids = ids[first : first + count]

@@ -7,6 +7,7 @@ how the linears are compressed. A delta asked for twice is made once.
 from __future__ import annotations
 
 import time
+import zlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ..compress import compress
 from ..distill import distill
 from ..training import Log, silent
 from .measure import Measure, Scores
-from .pair import Pair
+from .pair import Pair, Tokens
 
 STEPS = 100  # of every distillation: what the original project takes
 BATCH = 4
@@ -74,11 +75,12 @@ class Trial:
             self._done(out, start)
         return out
 
-    def distilled(self, delta: Path, lr: float = 0.02) -> Path:
-        """With the scales of `delta` trained on the calibration text."""
-        out = self.folder / f"{delta.name}-distilled-{lr}"
+    def distilled(self, delta: Path, lr: float = 0.02, tokens: Tokens | None = None) -> Path:
+        """With the scales of `delta` trained on the calibration text, or on other tokens [rows, length]."""
+        rows = self.pair.calibration if tokens is None else tokens
+        out = self.folder / f"{delta.name}-distilled-{lr}-{zlib.crc32(rows.tobytes()):08x}"
         if not out.exists():
-            start, rows = time.perf_counter(), self.pair.calibration
+            start = time.perf_counter()
             distill(
                 self.pair.base, self.pair.finetuned, delta, rows, out, self.steps, BATCH, rows.shape[1], lr,
                 seed=self.pair.seed, cache=self.folder / "teacher",
