@@ -41,7 +41,7 @@ CONTEXT = 64  # tokens in the cache
 RANKS = 16, 64, 128
 SECONDS, MIN_ROUNDS = 20.0, 5  # of one number of tenants
 LOADS = 9
-LOAD_PAUSE = 0.05  # seconds between two loads beside a running batch
+LOAD_PAUSE = 0.4  # seconds between two loads beside a running batch
 PEAK = 1024  # rows and columns of the fp32 product that shows the processor's peak
 Log = Callable[[str], None]
 
