@@ -193,3 +193,19 @@ def test_calibration_is_timed_against_distillation(capsys):
     assert model["kind"] == "model" and model["ratio"] > 0 and found["checks"] >= 8 * len(_C.isas())
     text = "\n".join(bench.describe(found))
     assert "[64, 96]" in text and "100 steps" in text and "--quick" in text
+
+
+@pytest.mark.parametrize(("tenants", "verdicts"), [(4, [None, None]), (16, [True, False])])
+def test_goals_of_many_tenants_are_judged_with_sixteen(tenants, verdicts):
+    from bitdelta.bench import model_goals
+
+    rows = [
+        {"kind": "merged", "tenants": tenants, "bytes": 59, "speed": 1.0},
+        {"kind": "deltas", "tenants": tenants, "bytes": 10, "speed": 4.0},
+        {"kind": "base rows", "tenants": tenants, "bytes": 1, "speed": 0.9},
+        {"kind": "load", "times": 2.9},
+        {"kind": "beside", "times": 1.2},
+    ]
+    found = model_goals.goals(rows, quick=False)
+    assert [goal["met"] for goal in found] == [*verdicts, False, True, False]
+    assert all(goal["met"] is None for goal in model_goals.goals(rows, quick=True))
