@@ -74,8 +74,10 @@ FUSING = {"MergeModulelist", "Concatenate"}  # of experts [N, K] into a stack [E
 
 def fused_names(model: Any, checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, Conversion]:
     """Stacks of experts that transformers makes of several of the checkpoint's tensors; renamed ones join `names`."""
-    if all(name in names for name, _ in model.named_parameters()):
-        return {}
+    head = model.get_output_embeddings()
+    tied = getattr(head, "weight", None) if getattr(model.config, "tie_word_embeddings", False) else None
+    if all(name in names or parameter is tied for name, parameter in model.named_parameters()):
+        return {}  # without importing what fuses
     from .mapping import Mapping
 
     mapped = Mapping(model).map(checkpoint)

@@ -7,7 +7,7 @@ products with its matrices are watched, as the model's own forward makes them on
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -149,6 +149,11 @@ class Collector:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """While the model runs."""
+        if (
+            not self._stacks
+        ):  # a class made here would hold what was collected until the collector of garbage runs
+            yield
+            return
         import torch
         from torch.overrides import TorchFunctionMode
 
@@ -160,7 +165,7 @@ class Collector:
                     self._see(args[0], args[1])
                 return func(*args, **(kwargs or {}))
 
-        with Products() if self._stacks else nullcontext():
+        with Products():
             yield
 
     def _see(self, x: Any, weight: Any) -> None:
