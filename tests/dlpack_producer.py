@@ -186,3 +186,8 @@ def aligned(shape, dtype, offset=0):
     raw = np.zeros(n_bytes + 128, np.uint8)
     start = -raw.ctypes.data % 64 + offset
     return raw[start : start + n_bytes].view(dtype).reshape(shape)
+
+
+def values(*shape):
+    """Small whole numbers: exact in every dtype."""
+    return (np.arange(np.prod(shape)) % 64).reshape(shape).astype(np.float32)

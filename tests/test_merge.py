@@ -4,7 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from folders import changed, read_all, same_bits, weights, write_checkpoint
+from models import llama_config, shift
 
 from bitdelta import reference
 from bitdelta.array import from_float32, to_float32
@@ -121,40 +124,26 @@ def test_the_target_may_neither_exist_nor_lie_in_an_input(folders):
 @pytest.fixture(scope="module")
 def llamas(tmp_path_factory):
     """A tiny Llama with tied embeddings and a fine-tune of it with added tokens, as transformers saves them."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     root = tmp_path_factory.mktemp("llamas")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
+    config = llama_config(hidden_size=64, intermediate_size=160, tie_word_embeddings=True)
     model = transformers.LlamaForCausalLM(config).bfloat16()
     model.save_pretrained(root / "base")
     model.resize_token_embeddings(99)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.01 * torch.randn(parameter.shape).to(parameter.dtype)
-    model.save_pretrained(root / "finetuned", max_shard_size="60KB")
+    shift(model, 1, 0.01).save_pretrained(root / "finetuned", max_shard_size="60KB")
     return root
+
+
+def load_model(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("scale", ["tensor", "row", "rank1"])
 def test_transformers_loads_it_and_its_logits_are_those_of_base_plus_delta(llamas, scale):
-    import torch
-    from transformers import AutoModelForCausalLM
-
     delta, merged = llamas / f"delta-{scale}", llamas / f"merged-{scale}"
     report = compress(llamas / "base", llamas / "finetuned", delta, scale=scale, planes=2)
     merge(llamas / "base", delta, merged)
-    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
-    wanted = AutoModelForCausalLM.from_pretrained(llamas / "finetuned", dtype=torch.float32)
+    model, wanted = load_model(merged), load_model(llamas / "finetuned")
     packfile, before = load(delta), read_all(llamas / "base")
     finetuned = read_all(llamas / "finetuned")
     assert report["extra"] == report["absent"] == [] and set(packfile) == set(finetuned)
@@ -167,14 +156,11 @@ def test_transformers_loads_it_and_its_logits_are_those_of_base_plus_delta(llama
 
 
 def test_two_planes_are_nearer_to_the_fine_tune_than_one_and_one_than_the_base(llamas, tmp_path):
-    import torch
-    from transformers import AutoModelForCausalLM
-
     tokens = torch.arange(96)[None, :50]
 
     def logits(folder):
         with torch.no_grad():
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits[..., :96]
+            return load_model(folder)(tokens).logits[..., :96]
 
     target = logits(llamas / "finetuned")
     errors = [(logits(llamas / "base") - target).square().mean()]
@@ -187,8 +173,6 @@ def test_two_planes_are_nearer_to_the_fine_tune_than_one_and_one_than_the_base(l
 
 def tiny(kind):
     """gpt-oss stores its experts as stacks of matrices; GPT-2 its weights transposed, its head tied."""
-    import transformers
-
     if kind == "gpt-oss":
         config = transformers.GptOssConfig(
             vocab_size=96,
@@ -209,15 +193,10 @@ def tiny(kind):
 
 @pytest.mark.parametrize("kind", ["gpt-oss", "gpt2"])
 def test_other_architectures_come_back_complete(tmp_path, kind):
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("transformers")
     torch.manual_seed(0)
     model = tiny(kind).bfloat16()
     model.save_pretrained(tmp_path / "base")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.01 * torch.randn(parameter.shape).to(parameter.dtype)
-    model.save_pretrained(tmp_path / "finetuned")
+    shift(model, 1, 0.01).save_pretrained(tmp_path / "finetuned")
     report = compress(tmp_path / "base", tmp_path / "finetuned", tmp_path / "delta", planes=3)
     stacks = [e for e in load(tmp_path / "delta").entries.values() if "planes" in e and len(e["shape"]) == 3]
     assert len(stacks) == (2 if kind == "gpt-oss" else 0) and report["forms"]["row"]["share"] > 0.9
