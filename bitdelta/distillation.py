@@ -60,15 +60,17 @@ def run(
         work = work.with_name(f".{work.name}.distill")
         rows, key = _rows(text, target, packfile, settings, options, work, group)
         student = load_student(source, packfile)
-        if not student.linears:
-            raise Error(f"{packfile.root}: no linear of the model has planes; there is nothing to distill")
+        if not student.trained:
+            raise Error(
+                f"{packfile.root}: no linear or embedding of the model has planes; there is nothing to distill"
+            )
         _place(student, options, group)
         report = _train(
             student, rows, settings, options, group, TrainingState(work / "state.safetensors", key)
         )
         group.wait()
         if group.is_first:
-            new = {name: linear.delta() for name, linear in student.linears.items()}
+            new = {name: linear.delta() for name, linear in student.trained.items()}
             rewrite(packfile, source, out_dir, lambda name, old: new.get(name, old), target)
             shutil.rmtree(work, ignore_errors=True)
         group.wait()
@@ -203,7 +205,7 @@ def _train(
         "rows": rows.n_train,
         "held_out_rows": len(rows.tokens) - rows.n_train,
         "scales": sum(parameter.numel() for parameter in parameters.values()),
-        "linears": len(student.linears),
+        "tensors": len(student.trained),
         "not_trained": student.frozen,
         "processes": group.size,
     }
@@ -254,7 +256,7 @@ def _count(rows: Rows, at: NDArray[np.int64]) -> int:
 def _loss(student: Student, rows: Rows, at: NDArray[np.int64], settings: Settings, kind: str) -> Tensor:
     """The sum over these rows' tokens."""
     mask = torch.from_numpy(rows.mask[at])
-    device = next(iter(student.linears.values())).row_log.device
+    device = next(iter(student.trained.values())).row_log.device
     context: AbstractContextManager[Any] = nullcontext()
     if settings.autocast:
         context = torch.autocast(device.type, torch.bfloat16)

@@ -4,14 +4,15 @@ Both compute in fp32 over weights as the checkpoints store them: transformers bu
 tensors, linears keep their bf16 weight and everything else becomes fp32. So a model takes the memory of its
 embeddings, norms and activations; the operating system keeps as much of the rest as it has room for.
 
-    linear with planes    scales trained                            DeltaLinear
-    any other with planes (embeddings, tied heads, fused experts)   expanded once, as the packfile has it
-    whole tensors         the fine-tune's
+    linears and embeddings with planes   scales trained, once where they are tied: DeltaLinear, DeltaEmbedding
+    any other with planes (experts)      expanded once, as the packfile has it
+    whole tensors                        the fine-tune's
 """
 
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,145 +21,29 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from . import ops
 from .array import to_float32
 from .checkpoint import Checkpoint
 from .delta import Delta
 from .errors import Error
 from .packfile import Packfile
+from .trained import DeltaEmbedding, DeltaLinear
 
 Tensor: TypeAlias = torch.Tensor
 
 
-class DeltaLinear(nn.Module):  # type: ignore[misc] # torch is Any where it is not installed
-    """y = x W^T + sum_p scale_p * (x S_p^T) + bias over a frozen base weight; without a delta, x W^T + bias.
-
-    A scale is what it was before, times exp of its parameter. So it keeps its sign and can never cross zero, a scale
-    of zero (a row that the fine-tune left alone) stays, and the optimiser's step is a relative change: the original
-    recipe's absolute one moves a small scale by a fifth at once and a large one hardly.
-
-    Args:
-        weight: [N, K], or [K, N] where transposed (GPT-2's Conv1D).
-        bias: [N] or None.
-        delta: of weight; None for the fine-tune's own weight.
-        rows: [A, K], weights of outputs below those of `weight` (new tokens of a head), or None.
-        transposed: weight, and the delta of it, have the inputs first.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        delta: Delta | None,
-        rows: Tensor | None = None,
-        transposed: bool = False,
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.rows = None if rows is None else nn.Parameter(rows, requires_grad=False)
-        self.transposed = transposed
-        self.source = delta
-        if delta is not None:
-            parts = ops.as_torch(delta)
-            row = parts.row[:, :1].clone() if delta.form == "tensor" else parts.row
-            self.register_buffer("sign", parts.sign, persistent=False)
-            self.register_buffer("row", row, persistent=False)
-            self.register_buffer("column", parts.column, persistent=False)
-            self.row_log = nn.Parameter(torch.zeros_like(row))
-            if parts.column is not None:
-                self.column_log = nn.Parameter(torch.zeros_like(parts.column))
-
-    def scales(self) -> tuple[Tensor, Tensor | None]:
-        """row [P, N] and column [P, K] or None."""
-        assert self.source is not None
-        row = (self.row * self.row_log.exp()).expand(-1, self.source.shape[0])
-        return row, None if self.column is None else self.column * self.column_log.exp()
-
-    def delta(self) -> Delta:
-        """With the scales as they are now, the signs shared; the columns of rank1 have mean 1 again."""
-        assert self.source is not None
-        with torch.no_grad():
-            row, column = self.scales()
-            if column is not None:
-                mean = column.abs().mean(1, keepdim=True)
-                row, column = row * mean, column / mean
-        flat = None if column is None else column.contiguous().cpu().numpy()
-        return Delta(
-            self.source.sign, row.contiguous().cpu().numpy(), flat, self.source.shape, self.source.form
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
-        with torch.autocast(kind, enabled=False):
-            y = self._product(x.reshape(-1, x.shape[-1]))
-        return y.view(*x.shape[:-1], y.shape[1])
-
-    def _product(self, x: Tensor) -> Tensor:
-        row, column = self.scales() if self.source is not None else (None, None)
-        multiply = _multiply if x.device.type == "cpu" else _multiply_dense
-        y = multiply(self, x, row, column)
-        if self.rows is not None:
-            y = torch.cat([y, nn.functional.linear(x, self.rows.to(x.dtype))], dim=1)
-        return y
-
-
-def _multiply(linear: DeltaLinear, x: Tensor, row: Tensor | None, column: Tensor | None) -> Tensor:
-    """By bitdelta's operators."""
-    none = torch.full((len(x),), -1)
-    if row is None or linear.source is None:
-        return ops.linear(x, linear.weight, linear.bias, [], none)
-    deltas, ids = [ops.TorchDelta(linear.sign, row, column, linear.source.shape)], torch.zeros_like(none)
-    if not linear.transposed:
-        return ops.linear(x, linear.weight, linear.bias, deltas, ids)
-    return ops.linear(x, linear.weight.T, linear.bias, [], none) + ops.linear_transposed(x, deltas, ids)
-
-
-def _multiply_dense(linear: DeltaLinear, x: Tensor, row: Tensor | None, column: Tensor | None) -> Tensor:
-    """By PyTorch, on devices that the operators do not know; signs are unpacked for each use and not kept."""
-    weight = linear.weight.T if linear.transposed else linear.weight
-    y = nn.functional.linear(x, weight.to(x.dtype), None if linear.bias is None else linear.bias.to(x.dtype))
-    if row is None or linear.source is None:
-        return y
-    about = linear.sign, row, column, linear.source.shape, linear.transposed
-    planes = checkpoint(_planes, x, *about, use_reentrant=False)
-    return (y + planes).to(x.dtype)
-
-
-def _planes(
-    x: Tensor, sign: Tensor, row: Tensor, column: Tensor | None, shape: tuple[int, int], transposed: bool
-) -> Tensor:
-    """sum_p row_p * ((x * column_p) S_p^T), or where transposed sum_p column_p * ((x * row_p) S_p)."""
-    N, K = shape
-    total = torch.zeros((), device=x.device)
-    for p in range(len(sign)):
-        bits = sign[p, :, :, :, None] >> torch.arange(32, dtype=torch.int32, device=x.device) & 1
-        S = bits.permute(0, 2, 1, 3).reshape(16 * sign.shape[1], -1)[:N, :K].to(x.dtype) * 2 - 1
-        if transposed:
-            term = (x * row[p]).to(x.dtype) @ S
-            total = total + (term if column is None else term * column[p])
-        else:
-            u = x if column is None else (x * column[p]).to(x.dtype)
-            total = total + (u @ S.T) * row[p]
-    return total
-
-
 @dataclass(frozen=True)
 class Student:
-    """A model and, by checkpoint name, those of its linears whose scales are trained."""
+    """A model and, by checkpoint name, what of it is trained: one of the modules that have these scales."""
 
     model: Any
-    linears: dict[str, DeltaLinear]
-    frozen: list[str]  # tensors with planes whose scales stay: embeddings and what is not a linear
+    trained: dict[str, DeltaLinear]
+    frozen: list[str]  # tensors with planes whose scales stay: neither linears nor embeddings
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained: NAME.row and, of form rank1, NAME.column; logarithms of factors."""
         found = {}
-        for name, linear in self.linears.items():
+        for name, linear in self.trained.items():
             found[f"{name}.row"] = linear.row_log
             if linear.column is not None:
                 found[f"{name}.column"] = linear.column_log
@@ -168,26 +53,39 @@ class Student:
 def load_student(base: Checkpoint, packfile: Packfile) -> Student:
     """The base with the packfile's delta, ready to train the scales."""
     model_class, config = model_kind(packfile.files().get("config.json") or base.root / "config.json")
-    places = _linears(model_class, config)
+    places = _places(model_class, config)
     chosen = {name: places[name] for name in packfile if name in places and isinstance(packfile[name], Delta)}
     state = {name: _value(name, base, packfile, name in chosen) for name in packfile}
     model = _build(model_class, config, state)
-    linears = {}
-    for name, place in chosen.items():
-        module, delta, rows = model.get_submodule(place), packfile[name], packfile.rows(name)
-        if packfile.entries[name]["form"] == "tied" or module.weight is _embedding(model):
-            continue
-        assert isinstance(delta, Delta)
-        linears[name] = DeltaLinear(
-            shared(base[name].array()[: delta.shape[0]]),
-            None if module.bias is None else module.bias.data.float(),
-            delta,
-            None if rows is None else shared(rows),
-            not isinstance(module, nn.Linear),
-        )
-        model.set_submodule(place, linears[name])
-    frozen = [name for name, entry in packfile.entries.items() if "planes" in entry and name not in linears]
-    return Student(_prepared(model), linears, frozen)
+    users = _users(model)
+    wanted = {name: users[id(model.get_submodule(place).weight)] for name, place in chosen.items()}
+    trained: dict[str, DeltaLinear] = {}
+    for name, paths in wanted.items():
+        first = packfile.entries[name].get("tied_to", name)
+        for path in paths:
+            module = model.get_submodule(path)
+            if isinstance(module, (DeltaLinear, DeltaEmbedding)):
+                continue  # the tensor that it is tied to was here
+            linear = _linear(module, base[first], packfile, first)
+            linear = linear.share(trained.setdefault(first, linear))
+            factor = getattr(module, "embed_scale", None)
+            is_table = isinstance(module, nn.Embedding)
+            model.set_submodule(path, DeltaEmbedding(linear, factor) if is_table else linear)
+    left = [name for name, entry in packfile.entries.items() if "planes" in entry and name not in trained]
+    return Student(_prepared(model), trained, left)
+
+
+def _linear(module: Any, base: Any, packfile: Packfile, name: str) -> DeltaLinear:
+    delta, rows = packfile[name], packfile.rows(name)
+    assert isinstance(delta, Delta)
+    bias = getattr(module, "bias", None)
+    return DeltaLinear(
+        shared(base.array()[: delta.shape[0]]),
+        None if bias is None else bias.data.float(),
+        delta,
+        None if rows is None else shared(rows),
+        not isinstance(module, (nn.Linear, nn.Embedding)),
+    )
 
 
 def load_teacher(finetuned: Checkpoint) -> Any:
@@ -222,24 +120,43 @@ def shared(array: np.ndarray) -> Tensor:
         return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
 
 
-def _linears(model_class: Any, config: Any) -> dict[str, str]:
-    """Checkpoint name of a weight -> the linear module that has it, under all names that checkpoints use."""
-    from transformers.pytorch_utils import Conv1D
-
+def _places(model_class: Any, config: Any) -> dict[str, str]:
+    """Checkpoint name of a weight -> a linear or embedding that has it, under all names that checkpoints use."""
     with torch.device("meta"):
         model = model_class(config)
     prefix = f"{model_class.base_model_prefix}." if model_class.base_model_prefix else ""
     found: dict[str, str] = {}
     for place, module in model.named_modules():
-        if type(module) in (nn.Linear, Conv1D):
+        if _has_scales(module):
             others = place.removeprefix(prefix), prefix + place  # saved with or without the head
             for name in (place, *others):
                 found.setdefault(f"{name}.weight", place)
     return found
 
 
-def _value(name: str, base: Checkpoint, packfile: Packfile, is_linear: bool) -> Tensor:
-    """The fine-tune's tensor; of a linear that gets its delta later, the base's with room for added rows."""
+def _has_scales(module: Any) -> bool:
+    """Whether a module is one of those that `trained.py` stands in for."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Embedding):
+        is_plain = (
+            type(module).forward is nn.Embedding.forward or "ScaledWordEmbedding" in type(module).__name__
+        )
+        return is_plain and module.max_norm is None
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def _users(model: Any) -> dict[int, list[str]]:
+    """The id of a weight -> every place of a module that has it, tied ones too."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for place, module in model.named_modules(remove_duplicate=False):
+        if _has_scales(module):
+            found[id(module.weight)].append(place)
+    return found
+
+
+def _value(name: str, base: Checkpoint, packfile: Packfile, is_trained: bool) -> Tensor:
+    """The fine-tune's tensor; of a module that gets its delta later, the base's with room for added rows."""
     value, rows = packfile[name], packfile.rows(name)
     if value is None:
         return shared(base[packfile.entries[name].get("tied_to", name)].array())
@@ -252,7 +169,7 @@ def _value(name: str, base: Checkpoint, packfile: Packfile, is_linear: bool) -> 
             np.stack([delta.expand(np.array(to_float32(weight[i]))) for i, delta in enumerate(value)])
         )
     weight = weight[: value.shape[0]]
-    if is_linear and rows is None:
+    if is_trained and rows is None:
         return shared(weight)
     expanded = value.expand(np.array(to_float32(weight)))
     if rows is not None:
@@ -272,10 +189,6 @@ def _build(model_class: Any, config: Any, state: Mapping[str, Tensor]) -> Any:
             if name in exact and parameter.shape == exact[name].shape:
                 parameter.data = exact[name]
     return model
-
-
-def _embedding(model: Any) -> Any:
-    return getattr(model.get_input_embeddings(), "weight", None)
 
 
 def _prepared(model: Any) -> Any:

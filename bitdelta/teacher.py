@@ -25,7 +25,8 @@ from .checkpoint import Checkpoint
 from .errors import Error
 from .folder import refuse_full
 from .group import Group
-from .student import DeltaLinear, load_teacher
+from .student import load_teacher
+from .trained import DeltaLinear
 
 Tensor: TypeAlias = torch.Tensor
 AGREES = 1e-4  # of the logits' size: what head(hidden) may differ from the model's own logits
