@@ -4,8 +4,9 @@
     measure.py   how near to the fine-tune             table.py   mean and spread over seeds
 
 Every other module is a study: TITLE, `rows(trial)` that yields labels and scores, and, where they differ from the
-usual, COLUMNS, TUNE (the fine-tune), GOALS (ratios between rows) and `judge(rows)`, lines that follow the table. The
-models stand in for the paper's, which are not small: relations between methods carry over, figures do not.
+usual, COLUMNS, TUNE (the fine-tune), GOALS (ratios between rows) and `judge(rows)`, lines that follow the table. A
+study without pairs has `measure` instead of `rows`. The models stand in for the paper's, which are not small:
+relations between methods carry over, figures do not.
 """
 
 from __future__ import annotations
@@ -27,6 +28,14 @@ STUDIES = {
     "svd": "low ranks of as many bytes, before and after distillation",
     "planes": "0 to 8 planes, one after the other and fitted together",
     "budget": "a budget of bits against uniform planes of the same bytes",
+    "full": "a full fine-tune, from the paper's recipe to fitted and distilled",
+    "lora": "a merged LoRA fine-tune, against its adapter",
+    "dpo": "a fine-tune by direct preference optimisation",
+    "continued": "long continued training: a large change",
+    "quantized": "a delta over a quantised base: INT8, INT4, GPTQ",
+    "repair": "a quantised model repaired by a delta to its own original",
+    "memory": "peak memory and time of compress, calibrate and distill, against the model's size",
+    "paper": "the paper's own tables, for those who have its models: --table N",
 }
 SEEDS = (0, 1, 2)
 
@@ -58,6 +67,8 @@ def run(
 
     if name not in STUDIES:
         raise ValueError(f"study: expected one of {', '.join(STUDIES)}, got {name!r}")
+    if name == "paper":
+        raise ValueError("study: paper has a function of its own, bitdelta.study.paper_run.run")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds: expected different whole numbers, got {list(seeds)}")
     torch, _ = libraries("a study")
@@ -70,18 +81,21 @@ def run(
         raise ValueError(f"size: expected one of {', '.join(SIZES)}, got {size!r}")
     module = importlib.import_module(f"{__name__}.{name}")
     start, found = time.perf_counter(), []
-    for seed in seeds:
-        pair = make_pair(SIZES[size], seed, folder, getattr(module, "TUNE", FULL), log)
-        with tempfile.TemporaryDirectory(prefix="bitdelta-study-") as scratch:
-            found.append(dict(module.rows(Trial(pair, Path(scratch), log=log))))
-    rows = rows_of(found)
+    if hasattr(module, "measure"):
+        rows = module.measure(seeds, size, log)
+    else:
+        for seed in seeds:
+            pair = make_pair(SIZES[size], seed, folder, getattr(module, "TUNE", FULL), log)
+            with tempfile.TemporaryDirectory(prefix="bitdelta-study-") as scratch:
+                found.append(dict(module.rows(Trial(pair, Path(scratch), log=log))))
+        rows = rows_of(found)
     return {
         "study": name,
         "title": module.TITLE,
         "seeds": list(seeds),
-        "size": {"name": size, **asdict(SIZES[size])},
+        "size": {"name": size, **({} if hasattr(module, "measure") else asdict(SIZES[size]))},
         "rows": rows,
-        "judged": module.judge(rows) if hasattr(module, "judge") else [],
+        "judged": list(module.judge(rows)) if hasattr(module, "judge") else [],
         "goals": judge(rows, getattr(module, "GOALS", ())),
         "machine": machine.describe(),
         "threads": torch.get_num_threads(),

@@ -49,9 +49,9 @@ class Measure:
         for scores in (self.base, self.finetuned):
             self._recovered(scores)
 
-    def delta(self, folder: Path) -> Scores:
-        """Of base + a packed delta."""
-        return self.model(load_student(open_checkpoint(self.pair.base), load(folder)).model)
+    def delta(self, folder: Path, base: Path | None = None) -> Scores:
+        """Of base + a packed delta; `base` where that is not the pair's."""
+        return self.model(load_student(open_checkpoint(base or self.pair.base), load(folder)).model)
 
     def model(self, model: Any) -> Scores:
         """Of a model with the pair's vocabulary."""

@@ -59,15 +59,16 @@ class Tune:
     Args:
         name: of the folder.
         settings: what else decides the result, for the key; JSON.
-        run: takes the base as an fp32 model, its tokenizer, the size, the seed and a log; returns the model to save.
+        run: takes the base as an fp32 model, its tokenizer, the size, the seed, a log, and the folder, for what it
+            keeps beside the model; returns the model to save.
     """
 
     name: str
     settings: Any
-    run: Callable[[Any, Any, Size, int, Log], Any]
+    run: Callable[[Any, Any, Size, int, Log, Path], Any]
 
 
-def _tune_fully(model: Any, tokenizer: Any, size: Size, seed: int, log: Log) -> Any:
+def _tune_fully(model: Any, tokenizer: Any, size: Size, seed: int, log: Log, folder: Path) -> Any:
     """Every parameter, on code."""
     text, steps = training.kept(training.code(), HELD_OUT), size.finetune_steps
     with training.seeded(seed + 1000):
@@ -128,7 +129,7 @@ def make_pair(size: Size, seed: int, root: Path | None = None, tune: Tune = FULL
 
     def finetune(folder: Path) -> None:
         model, tokenizer = training.load(base), training.load_tokenizer(base)
-        training.save(tune.run(model, tokenizer, size, seed, log), tokenizer, folder)
+        training.save(tune.run(model, tokenizer, size, seed, log, folder), tokenizer, folder)
 
     finetuned = training.made_once(root, tune.name, [about, tune.name, tune.settings], finetune)
     return Pair(base, finetuned, size, seed)

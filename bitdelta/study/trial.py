@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,19 @@ class Trial:
         pair: the models and tokens.
         folder: where deltas go; the caller removes it.
         steps: of a distillation.
+        measure: what measures them, where it is there already.
     """
 
-    def __init__(self, pair: Pair, folder: Path, steps: int = STEPS, log: Log = silent) -> None:
+    def __init__(
+        self,
+        pair: Pair,
+        folder: Path,
+        steps: int = STEPS,
+        log: Log = silent,
+        measure: Measure | None = None,
+    ) -> None:
         self.pair, self.folder, self.steps, self.log = pair, folder, steps, log
-        self.measure = Measure(pair)
+        self.measure = measure or Measure(pair)
         self.seconds: dict[Path, float] = {}  # what making a delta took, without the delta it began with
 
     @cached_property
@@ -43,6 +52,10 @@ class Trial:
         from .gradient import teacher
 
         return teacher(self.pair)
+
+    def over(self, base: Path, folder: Path) -> Trial:
+        """The same with another base, measured against the base and fine-tune of this one."""
+        return Trial(replace(self.pair, base=base), folder, self.steps, self.log, self.measure)
 
     def plain(self, planes: int = 1, scale: str = "row") -> Path:
         """sign(d) and mean |d|."""
@@ -92,7 +105,7 @@ class Trial:
         """Of base + delta, with the bytes of its packed linears and the seconds that its making took."""
         from ..packfile import load
 
-        scores = self.measure.delta(delta)
+        scores = self.measure.delta(delta, self.pair.base)
         packed = [entry["bytes"] for entry in load(delta).entries.values() if "planes" in entry]
         scores["about"] = {"bytes": float(sum(packed)), "seconds": self.seconds[delta]}
         return scores
