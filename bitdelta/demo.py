@@ -2,8 +2,8 @@
 
     models (demo_models.py) -> compress, calibrate, distill -> perplexity, logit MSE -> one batch of all of them
 
-The models are trained in a minute or two and kept in a cache; the rest takes about as long. Everything else is done with the functions that any
-model is packed, fitted and run with. Needs PyTorch and transformers, imported inside.
+The models are trained in a minute or two and kept in a cache; the rest takes about as long, and is done with the
+functions that any model is packed, fitted and run with. Needs PyTorch and transformers, imported inside.
 """
 
 from __future__ import annotations
