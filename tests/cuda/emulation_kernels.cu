@@ -285,7 +285,12 @@ misuse(const int *in, int *out)
             out[i] = i;
             break;
         case 29: /* another block's part read without an order */
-            out[blockIdx.x] = i == 0 ? 1 : 0;
+            if (i == 0 && blockIdx.x == 0) {
+                out[0] = 1;
+            }
+            if (i == 0 && blockIdx.x == 1) {
+                out[1] = out[0];
+            }
             break;
         case 30: { /* a tensor core product of half a warp */
             int d[4] = {0, 0, 0, 0};
