@@ -19,6 +19,16 @@ class _BuildInfo(TypedDict):
 
 def cuda_missing() -> str | None: ...  # None when a GPU can be used; the first call loads the driver
 def cuda_is_emulated() -> bool: ...  # kernels run on the CPU, on tensors in its memory
+def cuda_expand(
+    out: Tensor,  # [n_rows, K]; may be base itself
+    base: Tensor | None,  # [N, K]
+    sign: Tensor,  # uint32 [P, S, L, 16], 64-byte aligned
+    scale: Tensor,  # fp32 [P, N]
+    column: Tensor | None,  # fp32 [P, K]
+    N: int,
+    row_begin: int,
+    /,
+) -> None: ...
 def cuda_quantize(
     q: Tensor,  # out: int16 [M, K rounded up to 256]
     exponents: Tensor,  # out: int32 [M]; 2^31 - 1 where a number is not finite

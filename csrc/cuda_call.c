@@ -20,15 +20,15 @@ cuda_begin(cuda_call *call)
     return 0;
 }
 
-tensor *
-cuda_acquire(module_state *state, cuda_call *call, PyObject *object, const char *name, int mode)
+static tensor *
+acquire(module_state *state, cuda_call *call, PyObject *object, const char *name, int mode)
 {
     tensor *view = &call->tensors[call->n_tensors];
     const tensor *first = &call->tensors[0];
     if (tensor_acquire(state, object, name, mode | TENSOR_GPU, view) < 0) {
         return NULL;
     }
-    call->n_tensors++;
+    call->names[call->n_tensors++] = name;
     if (view->device != first->device) {
         raise_device_error("%s: expected memory of GPU %d, as the tensors before it, got GPU %d",
                            name, first->device, view->device);
@@ -36,6 +36,63 @@ cuda_acquire(module_state *state, cuda_call *call, PyObject *object, const char 
     }
     call->ctx.stream = first->stream;
     return view;
+}
+
+const bd_matrix *
+cuda_matrix(module_state *state, cuda_call *call, PyObject *object, const char *name, int mode,
+            const char *letters, int64_t n_rows, int64_t n_columns)
+{
+    bd_matrix *matrix = &call->memory[call->n_tensors];
+    const tensor *view = acquire(state, call, object, name, mode);
+    if (view == NULL || tensor_to_matrix(view, name, letters, n_rows, n_columns, matrix) < 0 ||
+        check_nonempty(matrix, name, letters) < 0) {
+        return NULL;
+    }
+    return matrix;
+}
+
+void *
+cuda_block(module_state *state, cuda_call *call, PyObject *object, const char *name, int mode,
+           DLDataTypeCode code, int bits, int64_t alignment, const char *letters, int ndim,
+           const int64_t *shape)
+{
+    bd_matrix *memory = &call->memory[call->n_tensors];
+    const tensor *view = acquire(state, call, object, name, mode);
+    if (view == NULL || check_dtype(view, name, code, bits) < 0 ||
+        check_shape(view, name, letters, ndim, shape) < 0 ||
+        check_contiguous(view, name, alignment) < 0) {
+        return NULL;
+    }
+    *memory = tensor_extent(view);
+    return view->data;
+}
+
+static int
+are_same(const bd_matrix *a, const bd_matrix *b)
+{
+    return a->data == b->data && a->dtype == b->dtype && a->n_rows == b->n_rows &&
+           a->n_columns == b->n_columns && (a->row_stride == b->row_stride || a->n_rows == 1);
+}
+
+int
+cuda_check_apart(const cuda_call *call, int in_place)
+{
+    for (int i = 0; i < call->n_tensors; i++) {
+        if ((call->tensors[i].mode & TENSOR_OUTPUT) == 0) {
+            continue;
+        }
+        for (int j = 0; j < call->n_tensors; j++) {
+            const int may_be_same = in_place && i + j == 1;
+            if (i == j || (may_be_same && are_same(&call->memory[i], &call->memory[j]))) {
+                continue;
+            }
+            if (check_overlap(&call->memory[i], call->names[i], &call->memory[j], call->names[j]) <
+                0) {
+                return -1;
+            }
+        }
+    }
+    return 0;
 }
 
 /* From the first byte of a view to behind its last. */

@@ -1,12 +1,9 @@
 /* cuda_call.h - one call on a GPU: its tensors, its device, its stream. C only.
  *
- *   cuda_call call = {0};
- *   if (cuda_begin(&call) == 0 && (x = cuda_acquire(state, &call, object, "x", TENSOR_INPUT)) != NULL) {
- *       Py_BEGIN_ALLOW_THREADS
- *           status = cuda_enter(&call);
- *           if (status == BD_OK) { status = bd_cuda_...(&call.ctx, ...); cuda_leave(&call); }
- *       Py_END_ALLOW_THREADS
- *   }
+ *   cuda_call call;
+ *   if (cuda_begin(&call) < 0) return NULL;
+ *   x = cuda_matrix(...) and the other arguments, cuda_check_apart, then without the GIL
+ *   status = cuda_enter(&call); if (status == BD_OK) { status = bd_cuda_...; cuda_leave(&call); }
  *   cuda_end(&call);
  *
  * All tensors of a call are on one GPU; it runs on the current stream of whoever made the first one. */
@@ -24,14 +21,25 @@ typedef struct {
     int before; /* the thread's GPU */
     int n_tensors, n_lent;
     tensor tensors[CUDA_MAX_TENSORS];
+    bd_matrix memory[CUDA_MAX_TENSORS]; /* what they cover */
+    const char *names[CUDA_MAX_TENSORS];
 } cuda_call;
 
 /* 0, or -1 with DeviceError that says what is missing. */
 int cuda_begin(cuda_call *call);
 
-/* The next tensor, or NULL with an exception. The call holds it until cuda_end. */
-tensor *cuda_acquire(module_state *state, cuda_call *call, PyObject *object, const char *name,
-                     int mode);
+/* The next argument, which the call holds until cuda_end; NULL with an exception. A matrix has rows of
+ * contiguous columns; a block is compact, of one dtype and aligned to `alignment` bytes. */
+const bd_matrix *cuda_matrix(module_state *state, cuda_call *call, PyObject *object,
+                             const char *name, int mode, const char *letters, int64_t n_rows,
+                             int64_t n_columns);
+void *cuda_block(module_state *state, cuda_call *call, PyObject *object, const char *name, int mode,
+                 DLDataTypeCode code, int bits, int64_t alignment, const char *letters, int ndim,
+                 const int64_t *shape);
+
+/* BufferError when an output shares memory with another tensor; with `in_place`, the first two may be
+ * the same one. */
+int cuda_check_apart(const cuda_call *call, int in_place);
 
 /* Without the GIL: makes the GPU current, and lends the tensors to emulated kernels. */
 bd_status cuda_enter(cuda_call *call);

@@ -81,7 +81,8 @@ extern PyMethodDef delta_functions[];     /* py_delta.c: extract, expand */
 extern PyMethodDef calibrate_functions[]; /* py_calibrate.c: fit_signs, sweep */
 extern PyMethodDef product_functions[];   /* py_linear.c: linear, linear_add, linear_transposed */
 extern PyMethodDef byte_functions[];      /* py_bytes.c: to_float32, crc32c, crc32c_combine, read */
-extern PyMethodDef cuda_functions[]; /* py_cuda.c: cuda_missing, cuda_is_emulated, cuda_quantize */
+extern PyMethodDef cuda_functions[];      /* py_cuda.c: cuda_missing, cuda_is_emulated, cuda_expand,
+                                           * cuda_quantize */
 
 /* A Delta object's view, or NULL with TypeError when object is not a Delta of this module. */
 const bd_delta *delta_view(module_state *state, PyObject *object, const char *name);

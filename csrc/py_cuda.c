@@ -17,6 +17,10 @@ PyDoc_STRVAR(cuda_quantize_doc,
              "cuda_quantize($module, q, exponents, x, column, /)\n--\n\n"
              "The fixed16 form of the rows of x [M, K], or of fp32(x * column).");
 
+PyDoc_STRVAR(cuda_expand_doc,
+             "cuda_expand($module, out, base, sign, scale, column, N, row_begin, /)\n--\n\n"
+             "out = rows row_begin .. of round(fp32(base) + the planes' sum); base None is zeros.");
+
 static PyObject *
 py_cuda_is_emulated(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
 {
@@ -40,64 +44,135 @@ py_cuda_missing(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
     return PyUnicode_FromString(text);
 }
 
-/* Compact rows that kernels read and write by vectors of 16 bytes. */
-static int
-check_vectors(const tensor *view, const char *name, DLDataTypeCode code, int bits,
-              const char *letters, int ndim, const int64_t *shape)
-{
-    return check_dtype(view, name, code, bits) < 0 ||
-                   check_shape(view, name, letters, ndim, shape) < 0 ||
-                   check_contiguous(view, name, 16) < 0
-               ? -1
-               : 0;
-}
-
 static PyObject *
 py_cuda_quantize(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     module_state *state = get_state(module);
     cuda_call call;
-    bd_matrix x = {0};
-    const tensor *source = NULL, *q = NULL, *exponents = NULL, *column = NULL;
     PyObject *result = NULL;
     if (check_n_arguments("cuda_quantize", nargs, 4, 4) < 0 || cuda_begin(&call) < 0) {
         return NULL;
     }
-    source = cuda_acquire(state, &call, args[2], "x", TENSOR_INPUT);
-    if (source == NULL || tensor_to_matrix(source, "x", "[M, K]", ANY_SIZE, ANY_SIZE, &x) < 0 ||
-        check_nonempty(&x, "x", "[M, K]") < 0) {
+    int16_t *q = NULL;
+    int32_t *exponents = NULL;
+    const float *column = NULL;
+    const bd_matrix *x =
+        cuda_matrix(state, &call, args[2], "x", TENSOR_INPUT, "[M, K]", ANY_SIZE, ANY_SIZE);
+    if (x == NULL) {
         goto done;
     }
-    const int64_t q_shape[] = {x.n_rows, bd_n_lines(x.n_columns) * BD_WORD_BITS};
-    q = cuda_acquire(state, &call, args[0], "q", TENSOR_OUTPUT);
-    if (q == NULL ||
-        check_vectors(q, "q", kDLInt, 16, "[M, K rounded up to 256]", 2, q_shape) < 0) {
+    const int64_t q_shape[] = {x->n_rows, bd_n_lines(x->n_columns) * BD_WORD_BITS};
+    q = cuda_block(state, &call, args[0], "q", TENSOR_OUTPUT, kDLInt, 16, 16,
+                   "[M, K rounded up to 256]", 2, q_shape);
+    if (q == NULL || (exponents = cuda_block(state, &call, args[1], "exponents", TENSOR_OUTPUT,
+                                             kDLInt, 32, 4, "[M]", 1, &x->n_rows)) == NULL) {
         goto done;
     }
-    exponents = cuda_acquire(state, &call, args[1], "exponents", TENSOR_OUTPUT);
-    if (exponents == NULL ||
-        check_vectors(exponents, "exponents", kDLInt, 32, "[M]", 1, &x.n_rows) < 0) {
+    if (args[3] != Py_None &&
+        (column = cuda_block(state, &call, args[3], "column", TENSOR_INPUT, kDLFloat, 32, 4, "[K]",
+                             1, &x->n_columns)) == NULL) {
         goto done;
     }
-    if (args[3] != Py_None) {
-        column = cuda_acquire(state, &call, args[3], "column", TENSOR_INPUT);
-        if (column == NULL ||
-            check_vectors(column, "column", kDLFloat, 32, "[K]", 1, &x.n_columns) < 0) {
-            goto done;
-        }
+    if (cuda_check_apart(&call, 0) < 0) {
+        goto done;
     }
     bd_status status = BD_OK;
     Py_BEGIN_ALLOW_THREADS
         status = cuda_enter(&call);
         if (status == BD_OK) {
-            status = bd_cuda_quantize(&call.ctx, &x, column == NULL ? NULL : column->data, q->data,
-                                      exponents->data);
+            status = bd_cuda_quantize(&call.ctx, x, column, q, exponents);
             cuda_leave(&call);
         }
     Py_END_ALLOW_THREADS
     result = cuda_return_status(status);
 
 done:
+    cuda_end(&call);
+    return result;
+}
+
+/* ---- expand ---- */
+
+typedef struct {
+    const bd_matrix *out, *base;
+    bd_delta delta;
+    int64_t begin, end;
+} expansion;
+
+/* (out, base, sign, scale, column, shape's N, row_begin) */
+static int
+expansion_acquire(module_state *state, cuda_call *call, PyObject *const *args, expansion *job)
+{
+    int64_t P = 0, N = 0, begin = 0;
+    if (parse_int(args[5], "N", 1, INT32_MAX, &N) < 0 ||
+        parse_int(args[6], "row_begin", 0, N - 1, &begin) < 0) {
+        return -1;
+    }
+    job->out =
+        cuda_matrix(state, call, args[0], "out", TENSOR_OUTPUT, "[n_rows, K]", ANY_SIZE, ANY_SIZE);
+    if (job->out == NULL) {
+        return -1;
+    }
+    const int64_t K = job->out->n_columns;
+    job->begin = begin;
+    job->end = begin + job->out->n_rows;
+    if (job->end > N) {
+        PyErr_Format(PyExc_ValueError, "out: expected at most N - row_begin = %lld rows, got %lld",
+                     (long long)(N - begin), (long long)job->out->n_rows);
+        return -1;
+    }
+    if (args[1] != Py_None && (job->base = cuda_matrix(state, call, args[1], "base", TENSOR_INPUT,
+                                                       "[N, K]", N, K)) == NULL) {
+        return -1;
+    }
+    const int64_t sign_shape[] = {ANY_SIZE, bd_n_strips(N), bd_n_lines(K), BD_STRIP_ROWS};
+    job->delta.sign = cuda_block(state, call, args[2], "sign", TENSOR_INPUT, kDLUInt, 32, 64,
+                                 "[P, S, L, 16]", 4, sign_shape);
+    if (job->delta.sign == NULL) {
+        return -1;
+    }
+    P = call->tensors[call->n_tensors - 1].shape[0];
+    if (P < 1 || P > BD_MAX_PLANES) {
+        PyErr_Format(PyExc_ValueError, "sign: expected 1 .. %d planes, got %lld", BD_MAX_PLANES,
+                     (long long)P);
+        return -1;
+    }
+    const int64_t row_shape[] = {P, N}, column_shape[] = {P, K};
+    job->delta.row = cuda_block(state, call, args[3], "scale", TENSOR_INPUT, kDLFloat, 32, 4,
+                                "[P, N]", 2, row_shape);
+    if (job->delta.row == NULL ||
+        (args[4] != Py_None &&
+         (job->delta.column = cuda_block(state, call, args[4], "column", TENSOR_INPUT, kDLFloat, 32,
+                                         4, "[P, K]", 2, column_shape)) == NULL)) {
+        return -1;
+    }
+    job->delta.N = N;
+    job->delta.K = K;
+    job->delta.P = (int)P;
+    return cuda_check_apart(call, job->base != NULL);
+}
+
+static PyObject *
+py_cuda_expand(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    expansion job = {0};
+    cuda_call call;
+    PyObject *result = NULL;
+    if (check_n_arguments("cuda_expand", nargs, 7, 7) < 0 || cuda_begin(&call) < 0) {
+        return NULL;
+    }
+    if (expansion_acquire(get_state(module), &call, args, &job) == 0) {
+        bd_status status = BD_OK;
+        Py_BEGIN_ALLOW_THREADS
+            status = cuda_enter(&call);
+            if (status == BD_OK) {
+                status =
+                    bd_cuda_expand(&call.ctx, job.base, &job.delta, job.begin, job.end, job.out);
+                cuda_leave(&call);
+            }
+        Py_END_ALLOW_THREADS
+        result = cuda_return_status(status);
+    }
     cuda_end(&call);
     return result;
 }
@@ -113,18 +188,21 @@ py_cuda_missing(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
 }
 
 static PyObject *
-py_cuda_quantize(PyObject *Py_UNUSED(module), PyObject *const *Py_UNUSED(args),
-                 Py_ssize_t Py_UNUSED(nargs))
+refuse(PyObject *Py_UNUSED(module), PyObject *const *Py_UNUSED(args), Py_ssize_t Py_UNUSED(nargs))
 {
     raise_device_error(MISSING);
     return NULL;
 }
+
+#define py_cuda_quantize refuse
+#define py_cuda_expand refuse
 
 #endif
 
 PyMethodDef cuda_functions[] = {
     {"cuda_missing", py_cuda_missing, METH_NOARGS, cuda_missing_doc},
     {"cuda_is_emulated", py_cuda_is_emulated, METH_NOARGS, cuda_is_emulated_doc},
+    {"cuda_expand", (PyCFunction)(void (*)(void))py_cuda_expand, METH_FASTCALL, cuda_expand_doc},
     {"cuda_quantize", (PyCFunction)(void (*)(void))py_cuda_quantize, METH_FASTCALL,
      cuda_quantize_doc},
     {NULL, NULL, 0, NULL},

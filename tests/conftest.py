@@ -100,6 +100,8 @@ def pair(rng, n, k, dtype="float32", size=0.02):
 
 
 class Emulated:
+    float32 = np.float32
+
     def put(self, array):
         return np.ascontiguousarray(array)
 
@@ -108,6 +110,12 @@ class Emulated:
 
 
 class Gpu:
+    @property
+    def float32(self):
+        import torch
+
+        return torch.float32
+
     def put(self, array):
         import torch
 

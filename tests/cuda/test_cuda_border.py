@@ -96,3 +96,66 @@ def test_memory_of_another_kind_is_refused(device):
         pytest.skip("a CUDA producer that is not torch is another test's")
     with pytest.raises(bitdelta.DeviceError, match="x: expected CPU memory, got CUDA memory"):
         _C.cuda_quantize(*arguments(x=Producer(np.ones((M, K), np.float32), device=CUDA)).values())
+
+
+# ---- expand ----
+
+
+@pytest.fixture(scope="module")
+def delta():
+    rng = np.random.default_rng(3)
+    base = rng.standard_normal((37, K), dtype=np.float32)
+    tuned = base + rng.normal(scale=0.1, size=base.shape).astype(np.float32)
+    return base, bitdelta.extract(base, tuned, planes=2, scale="rank1")
+
+
+@pytest.mark.parametrize("begin, end", [(0, 37), (16, 18), (36, 37)])
+@pytest.mark.parametrize("has_base", [True, False])
+def test_expand_gives_rows_of_the_reference(device, delta, begin, end, has_base):
+    base, delta = delta
+    out = device.put(np.zeros((end - begin, K), np.float32))
+    parts = [device.put(part) for part in (delta.sign, delta.scale, delta.column)]
+    _C.cuda_expand(out, device.put(base) if has_base else None, *parts, 37, begin)
+    expected = reference.expand(base if has_base else None, delta)[begin:end]
+    assert np.array_equal(device.get(out), expected)
+
+
+def test_expand_works_in_place(device, delta):
+    base, delta = delta
+    weight = device.put(base.copy())
+    parts = [device.put(part) for part in (delta.sign, delta.scale, delta.column)]
+    _C.cuda_expand(weight, weight, *parts, 37, 0)
+    assert np.array_equal(device.get(weight), reference.expand(base, delta))
+
+
+def test_an_output_that_overlaps_an_input_is_refused(device, delta):
+    base, delta = delta
+    weight = device.put(base.copy())
+    parts = [device.put(part) for part in (delta.sign, delta.scale, delta.column)]
+    with pytest.raises(BufferError, match="out"):
+        _C.cuda_expand(weight[1:], weight, *parts, 37, 0)
+    with pytest.raises(BufferError, match="q"):
+        q = device.put(np.zeros((M, 256), np.int16))
+        _C.cuda_quantize(q, device.put(np.zeros(M, np.int32)), q.view(device.float32)[:, :100], None)
+
+
+@pytest.mark.parametrize(
+    "place, value, error, said",
+    [
+        (5, 38, ValueError, "scale: expected [P, N] = [2, 38]"),
+        (5, 0, ValueError, "N: expected 1"),
+        (6, 37, ValueError, "row_begin: expected 0 .. 36, got 37"),
+        (6, 1, ValueError, "out: expected at most N - row_begin = 36 rows, got 37"),
+        (2, None, TypeError, "sign: expected"),
+    ],
+)
+def test_bad_arguments_of_expand_are_named(device, delta, place, value, error, said):
+    base, delta = delta
+    parts = [device.put(part) for part in (delta.sign, delta.scale, delta.column)]
+    given = [device.put(np.zeros((37, K), np.float32)), None, *parts, 37, 0]
+    given[place] = value
+    with pytest.raises(
+        error if value is not None or _C.cuda_is_emulated() else bitdelta.DeviceError
+    ) as caught:
+        _C.cuda_expand(*given)
+    assert said in str(caught.value)
