@@ -11,14 +11,14 @@ from .trial import BATCH, Trial
 
 TITLE = "the same bytes and calibration tokens as the original recipe"
 BEST = "original recipe, best learning rate"
-GRADIENTS, SIGNS = "sign(d), row, distilled", "fitted, row"
+GRADIENTS, SIGNS = "sign(d), row, least squares, distilled", "fitted, row"
 GOALS = (
     Goal(GRADIENTS, BEST, 0.55),
     Goal(SIGNS, BEST, 0.2),
     Goal("fitted, row, distilled", BEST, 0.12),
     Goal("fitted, rank1, distilled", BEST, 0.08),
     Goal("fitted, row, 2 planes", SIGNS, 0.3),
-    Goal(SIGNS, GRADIENTS, 1.5, (("about", "seconds"),)),
+    Goal(SIGNS, "sign(d), row, distilled", 1.5, (("about", "seconds"),)),
 )
 
 
@@ -35,7 +35,10 @@ def rows(trial: Trial) -> Iterator[tuple[str, Scores]]:
     yield from recipes.items()
     yield BEST, best(list(recipes.values()))
     yield "sign(d), row", trial.score(trial.plain())
-    yield GRADIENTS, trial.score(trial.distilled(trial.plain()))
+    yield "sign(d), row, distilled", trial.score(trial.distilled(trial.plain()))
+    squares = trial.fitted(fit="scales")
+    yield "sign(d), row, least squares", trial.score(squares)
+    yield GRADIENTS, trial.score(trial.distilled(squares))
     yield SIGNS, trial.score(trial.fitted())
     yield "fitted, row, distilled", trial.score(trial.distilled(trial.fitted()))
     yield "fitted, rank1", trial.score(trial.fitted(1, "rank1"))
