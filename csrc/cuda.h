@@ -110,10 +110,11 @@ typedef struct {
 size_t bd_cuda_gradient_workspace_bytes(int64_t M, int64_t N, int64_t K, int64_t T, int max_planes);
 
 /* g[m] = sum_p (sum_n u_p[n] S_p[n, :]) * column_p, u_p = fp32(dy[m] * row_p), as
- * bd_linear_transposed; -1 rows are zero. And, where dcolumn is not NULL, the sums of its rows:
+ * bd_linear_transposed; -1 rows are zero. And, where dcolumn is not NULL:
  *   dcolumn_p[k] = sum_m x[m, k] (sum_n u_p[n] S_p[n, k])
- * each inner sum rounded to fp32 as in g; products exact, summed in fp64 over the tenant's rows
- * ascending in 4 lanes (position mod 4) folded 2, 1; zero for tenants without rows or column. */
+ * over a tenant's rows in the batch's order, each inner sum rounded to fp32 as in g. Products are exact in
+ * fp64; those of 8 rows are folded 4, 2, 1 (rows that are not there count 0), then the eights are added
+ * ascending. Zero for tenants without rows or without a column. */
 bd_status bd_cuda_linear_transposed(const bd_cuda_context *ctx, const bd_cuda_gradient_args *args);
 
 /* drow_p[n] = sum_m dy[m, n] (sum_k u_p[k] S_p[n, k]), u_p = x or fp32(x * column_p): inner sums as in

@@ -13,65 +13,10 @@
 #include "linear.h"
 #include "pieces.h"
 
-#if defined(BD_EMULATE)
-#define UNROLL_BY(n)
-#else
-#define PRAGMA(text) _Pragma(#text)
-#define UNROLL_BY(n) PRAGMA(unroll(n))
-#endif
-
 namespace
 {
 
-/* Products of 8 B rows with a pair of strips: c[b][2 i + piece], piece 0 high, 1 low. */
-template <int B>
-__device__ __forceinline__ void
-multiply(const uint4 *signs, const uint4 *pieces, int block_units, const bd_tile &tile,
-         int c[B][4][4])
-{
-    BD_UNROLL
-    for (int b = 0; b < B; b++) {
-        BD_UNROLL
-        for (int i = 0; i < 4; i++) {
-            c[b][i][0] = c[b][i][1] = c[b][i][2] = c[b][i][3] = 0;
-        }
-    }
-    constexpr bool LOADS_AHEAD =
-        B < 4; /* 32 rows leave no registers, and memory is not their bound */
-    uint4 line[2], next[2];
-    if (LOADS_AHEAD) {
-        bd_load_signs(signs, tile.first_group, tile.end_group, next);
-    }
-    for (int group = tile.first_group; group < tile.end_group; group++) {
-        if (LOADS_AHEAD) {
-            line[0] = next[0];
-            line[1] = next[1];
-            bd_load_signs(signs, group + 1, tile.end_group, next);
-        } else {
-            bd_load_signs(signs, group, tile.end_group, line);
-        }
-        UNROLL_BY(B == 1 ? 8 : 1) /* with more rows, unrolled loops spill */
-        for (int i = 0; i < 8; i++) {
-            const unsigned ones = 0x01010101u;
-            const unsigned a0[4] = {line[0].x >> i & ones, line[0].y >> i & ones,
-                                    line[1].x >> i & ones, line[1].y >> i & ones};
-            const unsigned a1[4] = {line[0].z >> i & ones, line[0].w >> i & ones,
-                                    line[1].z >> i & ones, line[1].w >> i & ones};
-            BD_UNROLL
-            for (int b = 0; b < B; b++) {
-                const uint4 piece = __ldg(pieces + b * block_units +
-                                          (group * BD_GROUP_UNITS + i * 4) * BD_ROW_BLOCK);
-                const unsigned high[2] = {piece.x, piece.y}, low[2] = {piece.z, piece.w};
-                bd_mma_u8s8(c[b][0], a0, high);
-                bd_mma_u8u8(c[b][1], a0, low);
-                bd_mma_u8s8(c[b][2], a1, high);
-                bd_mma_u8u8(c[b][3], a1, low);
-            }
-        }
-    }
-}
-
-/* Sums of up to 8 B rows with a plane's signs, as c of multiply. */
+/* Sums of up to 8 B rows with a plane's signs, as c of bd_multiply_pieces. */
 template <int B>
 __device__ __forceinline__ void
 multiply_plane(const bd_linear_job &job, const bd_view &view, int p, int c[B][4][4])
@@ -79,9 +24,9 @@ multiply_plane(const bd_linear_job &job, const bd_view &view, int p, int c[B][4]
     const int row_units = job.quantized.n_groups * BD_GROUP_UNITS;
     const uint4 *pieces =
         job.quantized.units + bd_scale_index(job, view, p) * row_units + threadIdx.x % 32;
-    multiply<B>(bd_lane_signs(view.delta, p, job.parts[view.tile.part].N, job.quantized.n_groups,
-                              view.tile.pair),
-                pieces, row_units * BD_ROW_BLOCK, view.tile, c);
+    bd_multiply_pieces<B>(bd_lane_signs(view.delta, p, job.parts[view.tile.part].N,
+                                        job.quantized.n_groups, view.tile.pair),
+                          pieces, row_units * BD_ROW_BLOCK, view.tile, c);
 }
 
 /* One plane of up to 8 B rows. Lane 4 g + t has rows 2t and 2t + 1 of each block of 8, and output rows

@@ -73,6 +73,7 @@ lay_out(const counters &own, int n_slots, int few_rows, const bd_plan &plan)
     if (i == THREADS - 1) {
         plan.counts[0] = own.few[i];
         plan.counts[1] = own.many[i];
+        plan.counts[2] = own.places[i];
         plan.starts[n_slots] = own.rows[i];
     }
     rows = own.rows[i] - rows;
@@ -116,6 +117,11 @@ place_row(const counters &own, int m, int slot, int index, int few_rows, const b
     const int kind = slot < 2 ? BD_KIND_NONE : has_many ? BD_KIND_MANY : BD_KIND_FEW;
     plan.rows[plan.starts[slot] + index] = make_int4(m, slot - 2, place, kind);
     plan.batch[place] = m;
+    if (index % BD_ROW_BLOCK == 0) {
+        const int n_left = count - index;
+        plan.blocks[place / BD_ROW_BLOCK] =
+            make_int2(slot - 2, n_left < BD_ROW_BLOCK ? n_left : BD_ROW_BLOCK);
+    }
     if (index % unit == 0) {
         int4 *segments = has_many ? plan.many : plan.few;
         segments[own.segment[slot] + index / unit] =

@@ -3,10 +3,11 @@
  * Rows are sorted by tenant, those of a tenant in the batch's order. Each tenant's first row gets a place
  * that is a multiple of 8, so that fragments of 8 rows never mix tenants; data of rows is kept by place.
  *
- *   counts   n_few, n_many
+ *   counts   n_few, n_many, n_blocks
  *   starts   [T + 3]        of lost rows, rows without a tenant, tenants 0 .. T-1; the end
  *   rows     [M]            {row of the batch, tenant, place, kind}
  *   batch    [n_places]     row of the batch, by place; unset between tenants
+ *   blocks   [n_places / 8] {tenant, rows in it}
  *   few      [M]            {tenant, first place, n_rows <= BD_FEW_ROWS, 0}: tenants with few rows, and
  *                           rows without one
  *   many     [M]            {tenant, first place, n_rows <= BD_MANY_ROWS, 0} */
@@ -28,6 +29,7 @@ typedef struct {
     int *counts, *starts;
     int4 *rows;
     int *batch;
+    int2 *blocks;
     int4 *few, *many;
 } bd_plan;
 
@@ -55,6 +57,8 @@ bd_plan_parts(void *start, int64_t M, int64_t T, size_t *n_bytes)
     at += M * 16;
     plan.many = reinterpret_cast<int4 *>(at);
     at += M * 16;
+    plan.blocks = reinterpret_cast<int2 *>(at);
+    at += bd_plan_places(M, T) / BD_ROW_BLOCK * 8;
     plan.batch = reinterpret_cast<int *>(at);
     at += bd_plan_places(M, T) * 4;
     *n_bytes = static_cast<size_t>(at - begin);

@@ -177,7 +177,7 @@ __launch_bounds__(THREADS) quantize_rows(const bd_quantize_job job)
         const int in_block = row.z % BD_ROW_BLOCK;
         int64_t total = 0;
         for (int group = static_cast<int>(threadIdx.x / 32); group < out.n_groups; group += WARPS) {
-            if (row.w == BD_KIND_FEW && !job.is_transposed) {
+            if (row.w == BD_KIND_FEW && !job.is_transposed && !job.is_in_pieces) {
                 total += store_planes(source, group, factor, out.units + at * row_units);
             } else {
                 total += store_pieces(source, group, factor, job.is_transposed, in_block,

@@ -71,6 +71,7 @@ typedef struct {
     const bd_cuda_delta *deltas[BD_CUDA_MAX_PARTS];
     int max_planes, has_columns;
     int is_transposed; /* 1: u = x * row scale for every plane, pieces in natural order */
+    int is_in_pieces;  /* 1: rows of tenants with few rows, too */
     bd_quantized out;
 } bd_quantize_job;
 

@@ -245,6 +245,37 @@ class Kernels:
             writes=[workspace, *(part.y for part in parts)],
         )
 
+    def gradients(self, name, dy, x, deltas, ids, g=None, drow=False, dcolumn=False):
+        """linear_transposed into g, or row_gradient: (drow, dcolumn) [T, P, N or K], None where not wanted."""
+        n, k = dy.shape[1], x.shape[1]
+        plan, slots = self.plan(ids, len(deltas)), table(deltas)
+        every = [delta for delta in deltas if isinstance(delta, Delta)]
+        planes = max([1, *(delta.planes for delta in every)])
+        outs = [
+            np.full((len(deltas), planes, width), 99, np.float32) if is_wanted else None
+            for is_wanted, width in ((drow, n), (dcolumn, k))
+        ]
+        sizes = map(c_int64, (len(ids), n, k, len(deltas)))
+        workspace = self.workspace("gradient_workspace", *sizes, planes)
+        arguments = GradientArgs(
+            dy=ctypes.pointer(matrix(dy)),
+            x=ctypes.pointer(matrix(x)),
+            plan=pointer(plan),
+            deltas=pointer(slots),
+            n_deltas=len(deltas),
+            max_planes=planes,
+            has_columns=any(delta.column is not None for delta in every),
+            K=k,
+            g=None if g is None else ctypes.pointer(matrix(g)),
+            drow=pointer(outs[0]),
+            dcolumn=pointer(outs[1]),
+            workspace=pointer(workspace),
+        )
+        self.call(
+            name, byref(arguments), reads=[dy, x, plan, slots, *arrays(every)], writes=[workspace, g, *outs]
+        )
+        return outs
+
     def extract(self, base, finetuned, planes=1, form="row"):
         """A Delta, or the position (row, column, in_base) of what is not finite."""
         n, k = base.shape
