@@ -46,6 +46,18 @@ class DeltaOnDevice(Structure):
     ]
 
 
+class FitArgs(Structure):
+    _fields_ = [
+        ("d", POINTER(Matrix)),
+        ("factor", c_void_p),
+        ("order", c_void_p),
+        ("P", c_int),
+        ("row", c_void_p),
+        ("column", c_void_p),
+        ("sign", c_void_p),
+    ]
+
+
 class Part(Structure):
     _fields_ = [
         ("deltas", c_void_p),
@@ -301,6 +313,23 @@ class Kernels:
         if form == "tensor":
             scale = np.repeat(scale[:, None], n, axis=1)
         return Delta(sign, scale, column, (n, k), form)
+
+    def fit_signs(self, d, factor, order, row, column, sign):
+        n, k = d.shape
+        workspace = self.workspace("fit_workspace", c_int64(n), c_int64(k))
+        arguments = FitArgs(
+            ctypes.pointer(matrix(d)),
+            *map(pointer, (factor, order)),
+            len(row),
+            *map(pointer, (row, column, sign)),
+        )
+        self.call(
+            "fit_signs",
+            byref(arguments),
+            pointer(workspace),
+            reads=[d, factor, order, row, column],
+            writes=[sign, workspace],
+        )
 
     def expand(self, base, delta, out, rows=None):
         first, end = rows or (0, delta.shape[0])

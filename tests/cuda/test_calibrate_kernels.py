@@ -1,0 +1,61 @@
+"""Fitted signs on the GPU: the bits of the scalar core."""
+
+import numpy as np
+import pytest
+
+from bitdelta import _C
+from bitdelta.array import aligned_empty
+
+F32 = np.float32
+
+
+def fit_on_both(kernels, d, factor, order, row, column):
+    n, k = d.shape
+    signs = [aligned_empty((len(row), -(-n // 16), 8 * -(-k // 256), 16), np.uint32) for _ in range(2)]
+    for sign in signs:
+        sign[...] = 0xA5A5A5A5
+    kernels.fit_signs(d, factor, order, row, column, signs[0])
+    _C.fit_signs(d, factor, order, row, column, signs[1])
+    assert np.array_equal(*signs)
+
+
+def arguments(rng, n, k, planes, has_column=False):
+    row = rng.normal(scale=0.02, size=(planes, n)).astype(F32)
+    column = rng.uniform(0.25, 4, (planes, k)).astype(F32) if has_column else None
+    return rng.normal(scale=0.03, size=(n, k)).astype(F32), rng.permutation(k), row, column
+
+
+@pytest.mark.parametrize("has_column", [False, True])
+@pytest.mark.parametrize("planes", [1, 2, 5, 8])
+def test_fitted_signs_are_those_of_the_core(kernels, rng, planes, has_column):
+    n, k = 20, 150
+    d, order, row, column = arguments(rng, n, k, planes, has_column)
+    factor = (0.3 * rng.normal(size=(k, k))).astype(F32)
+    fit_on_both(kernels, d, factor, order, row, column)
+
+
+@pytest.mark.parametrize("n, k", [(1, 1), (16, 64), (33, 260), (3, 65)])
+def test_shapes_around_strips_and_panels(kernels, rng, n, k):
+    d, order, row, column = arguments(rng, n, k, 2)
+    fit_on_both(kernels, d, (0.3 * rng.normal(size=(k, k))).astype(F32), order, row, column)
+    fit_on_both(kernels, d, None, order, row, column)
+
+
+def test_of_equal_distances_the_highest_level_is_taken(kernels):
+    d = np.zeros((4, 70), F32)
+    row = np.array([[1.0, 0.0, -1.0, 2.0]] * 3, F32)
+    fit_on_both(kernels, d, None, np.arange(70), row, None)
+
+
+def test_errors_that_overflow_take_the_levels_of_the_core(kernels, rng):
+    d, order, row, column = arguments(rng, 16, 80, 2)
+    factor = np.full((80, 80), 3e38, F32) * rng.choice([-1, 1], (80, 80)).astype(F32)
+    fit_on_both(kernels, d, factor, order, row, column)
+
+
+def test_columns_that_do_not_exist_are_left_out(kernels, rng):
+    d, order, row, _ = arguments(rng, 16, 40, 1)
+    order[3], order[5] = -1, 40
+    sign = aligned_empty((1, 1, 8, 16), np.uint32)
+    kernels.fit_signs(d, None, order, row, None, sign)
+    assert not sign[0, 0, 2:].any()
