@@ -145,12 +145,15 @@ bd_cuda_bad_position(uint64_t bad, int64_t K)
 bd_status bd_cuda_expand(const bd_cuda_context *ctx, const bd_matrix *base, const bd_delta *delta,
                          int64_t row_begin, int64_t row_end, const bd_matrix *out);
 
-/* ---- calibrate.cu ----------------------------------------------------------------------------- */
+/* ---- calibrate.cu, sweep.cu ------------------------------------------------------------------- */
 
 size_t bd_cuda_fit_workspace_bytes(int64_t N, int64_t K);
 
 /* As bd_fit_signs. Columns that `order` names wrongly are left out. */
 bd_status bd_cuda_fit_signs(const bd_cuda_context *ctx, const bd_fit_args *args, void *workspace);
+
+/* As bd_sweep. */
+bd_status bd_cuda_sweep(const bd_cuda_context *ctx, const bd_sweep_args *args);
 
 #ifdef __cplusplus
 }

@@ -11,6 +11,7 @@
  * come from the L2 for each strip: arithmetic is the bound. */
 #include "gpu.h"
 #include "cuda.h"
+#include "levels.h"
 
 namespace
 {
@@ -144,49 +145,6 @@ load_panel(const fit_job &job, shared_tiles *tiles, int64_t panel)
     __syncthreads();
 }
 
-/* The planes' terms summed in order; bit p of the code is plane p's sign. */
-__device__ __forceinline__ float
-level_of(int code, int P, const float scale[BD_MAX_PLANES])
-{
-    float level = code & 1 ? scale[0] : -scale[0];
-    BD_UNROLL
-    for (int p = 1; p < BD_MAX_PLANES; p++) {
-        if (p < P) {
-            level = __fadd_rn(level, code >> p & 1 ? scale[p] : -scale[p]);
-        }
-    }
-    return level;
-}
-
-/* The code of the level nearest to r, of equal ones the highest; its 16 threads' common answer. */
-__device__ __forceinline__ int
-nearest(float r, int lane, int P, const float scale[BD_MAX_PLANES])
-{
-    const int last = (1 << P) - 1;
-    float best = __uint_as_float(0x7F800000u);
-    int code = -1;
-    for (int c = last - lane; c >= 0; c -= LANES) {
-        const float away = fabsf(__fsub_rn(r, level_of(c, P, scale)));
-        if (c == last) { /* stays where its distance is no number: nothing is nearer then */
-            best = away != away ? -1.0f : away;
-            code = c;
-        } else if (away < best) {
-            best = away;
-            code = c;
-        }
-    }
-    BD_UNROLL
-    for (int distance = LANES / 2; distance > 0; distance /= 2) {
-        const float other = __shfl_xor_sync(0xFFFFFFFFu, best, distance, LANES);
-        const int its = __shfl_xor_sync(0xFFFFFFFFu, code, distance, LANES);
-        if (other < best || (other == best && its > code)) {
-            best = other;
-            code = its;
-        }
-    }
-    return code;
-}
-
 /* Column c of the panel: chosen, stored, and taken into the columns after it. */
 __device__ __forceinline__ void
 fit_column(const fit_job &job, const shared_tiles *tiles, const worker &own, int64_t panel, int c,
@@ -198,8 +156,8 @@ fit_column(const fit_job &job, const shared_tiles *tiles, const worker &own, int
         scale[p] =
             job.column != NULL && p < job.P ? __fmul_rn(row[p], tiles->column[p][c]) : row[p];
     }
-    const int code = nearest(want, own.lane, job.P, scale);
-    const float error = __fsub_rn(d, level_of(code, job.P, scale));
+    const int code = bd_nearest<LANES>(want, own.lane, job.P, scale);
+    const float error = __fsub_rn(d, bd_level_of(code, job.P, scale));
     const int column = tiles->order[c];
     if (own.lane == c % LANES) {
         own.errors[panel + c] = error;

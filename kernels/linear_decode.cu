@@ -150,7 +150,7 @@ __launch_bounds__(BD_TILE_THREADS, 2) multiply_few(const bd_linear_job job)
     BD_SHARED(Z, buffer); /* 4 a thread, then 4 sums a thread */
     const bd_walk walk = bd_plan_walk(job, job.plan.counts[0]);
     int segment = 0, column = static_cast<int>(blockIdx.x);
-    for (;; column += static_cast<int>(gridDim.x)) {
+    for (; walk.n_columns_of_tiles > 0; column += static_cast<int>(gridDim.x)) {
         for (; column >= walk.n_columns_of_tiles; column -= walk.n_columns_of_tiles) {
             segment++;
         }

@@ -34,7 +34,12 @@ OPCODES = {
 }
 
 # Which tensor core products a kernel is made of; others have none. Where a target lacks b1, such kernels are empty.
-PRODUCTS = {"multiply_few": "b1", "multiply_many": "int8"}
+PRODUCTS = {
+    "multiply_few": "b1",
+    "multiply_many": "int8",
+    "multiply_transposed": "int8",
+    "multiply_for_rows": "int8",
+}
 
 # Kernels that use local memory, and where: sums of 64 bits, for K > 65535, on targets that nobody has tuned yet.
 SPILLS = {"multiply_many<unsigned long long>": ("100f", "120f")}

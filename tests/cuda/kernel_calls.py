@@ -58,6 +58,20 @@ class FitArgs(Structure):
     ]
 
 
+class SweepArgs(Structure):
+    _fields_ = [
+        ("pull", c_void_p),
+        ("hessian", c_void_p),
+        ("is_diagonal", c_int),
+        ("N", c_int64),
+        ("K", c_int64),
+        ("P", c_int),
+        ("row", c_void_p),
+        ("column", c_void_p),
+        ("sign", c_void_p),
+    ]
+
+
 class Part(Structure):
     _fields_ = [
         ("deltas", c_void_p),
@@ -330,6 +344,11 @@ class Kernels:
             reads=[d, factor, order, row, column],
             writes=[sign, workspace],
         )
+
+    def sweep(self, pull, hessian, row, column, sign):
+        fields = [int(hessian.ndim == 1), *pull.shape, len(row), *map(pointer, (row, column, sign))]
+        arguments = SweepArgs(pointer(pull), pointer(hessian), *fields)
+        self.call("sweep", byref(arguments), reads=[hessian, row, column], writes=[pull, sign])
 
     def expand(self, base, delta, out, rows=None):
         first, end = rows or (0, delta.shape[0])

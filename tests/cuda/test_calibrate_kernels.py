@@ -1,9 +1,10 @@
-"""Fitted signs on the GPU: the bits of the scalar core."""
+"""Signs fitted on the GPU, and swept: the bits of the scalar core."""
 
 import numpy as np
 import pytest
+from conftest import bits
 
-from bitdelta import _C
+from bitdelta import _C, reference
 from bitdelta.array import aligned_empty
 
 F32 = np.float32
@@ -59,3 +60,29 @@ def test_columns_that_do_not_exist_are_left_out(kernels, rng):
     sign = aligned_empty((1, 1, 8, 16), np.uint32)
     kernels.fit_signs(d, None, order, row, None, sign)
     assert not sign[0, 0, 2:].any()
+
+
+@pytest.mark.parametrize("has_column", [False, True])
+@pytest.mark.parametrize("planes", [1, 2, 6])
+@pytest.mark.parametrize("is_diagonal", [False, True])
+def test_a_sweep_has_the_bits_of_the_core(kernels, rng, planes, has_column, is_diagonal):
+    n, k = 19, 150
+    d, _, row, column = arguments(rng, n, k, planes, has_column)
+    x = rng.normal(size=(2 * k, k)).astype(F32)
+    hessian = np.ascontiguousarray(np.diag(x.T @ x)) if is_diagonal else x.T @ x
+    sign = aligned_empty((planes, 2, 8, 16), np.uint32)
+    sign[...] = [reference.pack(rng.random((n, k)) < 0.5) for _ in range(planes)]
+    pull = d * hessian if is_diagonal else d @ hessian
+    mine, before = (pull.copy(), aligned_copy(sign)), sign.copy()
+    for _ in range(2):
+        _C.sweep(pull, hessian, row, column, sign)
+        kernels.sweep(mine[0], hessian, row, column, mine[1])
+        assert np.array_equal(mine[1], sign)
+        assert np.array_equal(bits(mine[0]), bits(pull))
+    assert not np.array_equal(sign, before)
+
+
+def aligned_copy(sign):
+    copy = aligned_empty(sign.shape, np.uint32)
+    copy[...] = sign
+    return copy

@@ -151,6 +151,13 @@ def test_an_empty_batch(gpu, rng):
     gpu.linear(inputs(rng, 0, 64), [part], [])
 
 
+@pytest.mark.parametrize("n, k", [(0, 64), (20, 0)])
+def test_weights_without_rows_or_columns(gpu, rng, n, k):
+    part = new_part(rng, 6, n, [0], "float32", bias_dtype=None)
+    gpu.linear(inputs(rng, 6, k, "float32"), [part], [0, -1, 0, 0, 0, 0])
+    assert np.array_equal(bits(part.y), bits(part.product))
+
+
 @pytest.mark.parametrize("column", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantize_is_the_reference(kernels, rng, dtype, column):
