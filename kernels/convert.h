@@ -70,6 +70,17 @@ bd_load_any(const void *data, bd_dtype dtype, int64_t index)
                              : bd_load_as<BD_BF16>(data, index);
 }
 
+/* The same of memory that the launch also writes, which the read-only cache must not hold. */
+static __device__ __forceinline__ float
+bd_read_any(const void *data, bd_dtype dtype, int64_t index)
+{
+    if (dtype == BD_F32) {
+        return static_cast<const float *>(data)[index];
+    }
+    const unsigned bits = static_cast<const unsigned short *>(data)[index];
+    return dtype == BD_F16 ? bd_to_f32<BD_F16>(bits) : bd_to_f32<BD_BF16>(bits);
+}
+
 static __device__ __forceinline__ void
 bd_store_any(void *data, bd_dtype dtype, int64_t index, float value)
 {

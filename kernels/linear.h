@@ -285,7 +285,7 @@ bd_finish_row(const bd_cuda_part &part, int64_t m, int64_t n, const float *kept,
         float value =
             has_terms ? kept[i * BD_TILE_THREADS] : -0.0f; /* -0 adds nothing, not even a sign */
         if (part.add) {
-            value = __fadd_rn(value, bd_load_any(part.y.data, part.y.dtype, at + i));
+            value = __fadd_rn(value, bd_read_any(part.y.data, part.y.dtype, at + i));
         } else if (part.product != NULL) {
             value = __fadd_rn(value, __ldg(part.product + m * part.product_stride + n + i));
         } else if (!has_terms) {

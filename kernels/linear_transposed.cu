@@ -54,27 +54,29 @@ find_unit(const bd_gradient_job &job, int split, int tile)
 
 /* The lane's words of both strips of a chunk. */
 __device__ __forceinline__ void
-load_chunk(const uint4 *signs, int64_t strip_units, int n_strips, int chunk, int end,
-           uint4 strip[2])
+load_chunk(const uint4 *signs, int strip_units, int n_strips, int chunk, int end, uint4 strip[2])
 {
     strip[0] = strip[1] = make_uint4(0, 0, 0, 0);
     if (chunk < end) {
-        strip[0] = bd_load_once(signs + 2 * chunk * strip_units);
+        strip[0] = bd_load_once(signs + static_cast<int64_t>(2 * chunk) * strip_units);
         if (2 * chunk + 1 < n_strips) {
-            strip[1] = bd_load_once(signs + (2 * chunk + 1) * strip_units);
+            strip[1] = bd_load_once(signs + static_cast<int64_t>(2 * chunk + 1) * strip_units);
         }
     }
 }
 
-/* c[step][piece]: step 4 j + i / 2, piece 0 high, 1 low. */
+/* c[step][piece]: step 4 j + i / 2, piece 0 high, 1 low. LOADS_AHEAD: the signs of the next 32 rows are in
+ * flight meanwhile; 64-bit sums leave no registers for it. */
+template <bool LOADS_AHEAD>
 __device__ __forceinline__ void
 multiply(const bd_gradient_job &job, const bd_cuda_delta &delta, int p, const uint4 *pieces,
          const unit &own, int c[STEPS][2][4])
 {
     const int lane = static_cast<int>(threadIdx.x % 32);
     const int n_strips = static_cast<int>((job.N + BD_STRIP_ROWS - 1) / BD_STRIP_ROWS);
-    const int64_t strip_units = bd_groups_of(job.K) * BD_GROUP_LINES * 4;
-    const uint4 *signs = reinterpret_cast<const uint4 *>(delta.sign) + p * n_strips * strip_units +
+    const int strip_units = static_cast<int>(bd_groups_of(job.K)) * BD_GROUP_LINES * 4;
+    const uint4 *signs = reinterpret_cast<const uint4 *>(delta.sign) +
+                         static_cast<int64_t>(p * n_strips) * strip_units +
                          (own.group * BD_GROUP_LINES + lane / 4) * 4 + lane % 4;
     BD_UNROLL
     for (int s = 0; s < STEPS; s++) {
@@ -84,12 +86,19 @@ multiply(const bd_gradient_job &job, const bd_cuda_delta &delta, int p, const ui
         }
     }
     uint4 next[2];
-    load_chunk(signs, strip_units, n_strips, own.first_chunk, own.end_chunk, next);
+    if (LOADS_AHEAD) {
+        load_chunk(signs, strip_units, n_strips, own.first_chunk, own.end_chunk, next);
+    }
     for (int chunk = own.first_chunk; chunk < own.end_chunk; chunk++) {
         unsigned upper[2], lower[2];
+        if (!LOADS_AHEAD) {
+            load_chunk(signs, strip_units, n_strips, chunk, own.end_chunk, next);
+        }
         transpose_bytes(next[0], own.half, upper);
         transpose_bytes(next[1], own.half, lower);
-        load_chunk(signs, strip_units, n_strips, chunk + 1, own.end_chunk, next);
+        if (LOADS_AHEAD) {
+            load_chunk(signs, strip_units, n_strips, chunk + 1, own.end_chunk, next);
+        }
         const uint4 b = __ldg(pieces + chunk * BD_GROUP_UNITS);
         const unsigned high[2] = {b.x, b.y}, low[2] = {b.z, b.w};
         BD_UNROLL
@@ -104,17 +113,38 @@ multiply(const bd_gradient_job &job, const bd_cuda_delta &delta, int p, const ui
     }
 }
 
-/* Two steps' sums: eight values of rows 2t and 2t + 1, columns 2 i .. 2 i + 3 of this lane's 16. */
-struct quarter {
-    int p, first; /* step 0, 2, 4 or 6: columns 2 * first and on */
+/* How a plane's sums of rows 2t and 2t + 1 become fp32. */
+struct plane_rows {
+    int p;
     bd_row_scale scale[2];
     float factor[2];
 };
 
+/* Read anew for every step, as bd_view. */
+__device__ __forceinline__ plane_rows
+rows_of_plane(const bd_gradient_job &job, const bd_gradient_view &view, int p)
+{
+    const int t = static_cast<int>(threadIdx.x % 4);
+    plane_rows rows;
+    rows.p = p;
+    BD_UNROLL
+    for (int r = 0; r < 2; r++) {
+        const int row = 2 * t + r < view.n_rows ? 2 * t + r : 0;
+        const volatile bd_row_scale *scale =
+            job.quantized.scales + p * job.quantized.n_places + view.place + row;
+        const int e = scale->exponent;
+        rows.scale[r].exponent = e;
+        rows.scale[r].unused = 0;
+        rows.scale[r].total = scale->total;
+        rows.factor[r] = bd_scale_factor(e == BD_ROW_LOST ? 0 : e);
+    }
+    return rows;
+}
+
 /* One column's two rows: adds the terms of g, and sums the block's part of the column's gradient. */
 template <typename Z>
 __device__ __forceinline__ void
-finish_column(const bd_gradient_job &job, const bd_gradient_view &view, const quarter &own,
+finish_column(const bd_gradient_job &job, const bd_gradient_view &view, const plane_rows &own,
               int block, int64_t k, const Z under[2], float *kept)
 {
     const int t = static_cast<int>(threadIdx.x % 4);
@@ -157,7 +187,7 @@ template <typename Z>
 __device__ __forceinline__ void
 add_plane(const bd_gradient_job &job, int split, int block, int tile, int p, Z *buffer, float *kept)
 {
-    const int thread = static_cast<int>(threadIdx.x), t = thread % 4;
+    const int thread = static_cast<int>(threadIdx.x);
     int c[STEPS][2][4];
     {
         const bd_gradient_view view = bd_look_at_block(job, block);
@@ -165,32 +195,24 @@ add_plane(const bd_gradient_job &job, int split, int block, int tile, int p, Z *
                               (p * job.quantized.n_places + view.place) *
                                   (static_cast<int64_t>(job.quantized.n_groups) * BD_GROUP_UNITS) +
                               thread % 32;
-        multiply(job, view.delta, p, pieces, find_unit(job, split, tile), c);
-    }
-    const bd_gradient_view view = bd_look_at_block(job, block);
-    const unit own = find_unit(job, split, tile);
-    quarter values = {p, 0, {{0, 0, 0}, {0, 0, 0}}, {0, 0}};
-    BD_UNROLL
-    for (int r = 0; r < 2; r++) {
-        const int row = 2 * t + r < view.n_rows ? 2 * t + r : 0;
-        values.scale[r] = job.quantized.scales[p * job.quantized.n_places + view.place + row];
-        const int e = values.scale[r].exponent;
-        values.factor[r] = bd_scale_factor(e == BD_ROW_LOST ? 0 : e);
+        multiply<sizeof(Z) == 4>(job, view.delta, p, pieces, find_unit(job, split, tile), c);
     }
     BD_UNROLL
-    for (values.first = 0; values.first < STEPS; values.first += 2) {
-        Z under[8];
+    for (int s = 0; s < STEPS; s++) {
+        const bd_gradient_view view = bd_look_at_block(job, block);
+        const unit own = find_unit(job, split, tile);
+        Z under[4]; /* two columns, two rows of each */
         BD_UNROLL
-        for (int i = 0; i < 8; i++) {
-            const int s = values.first + i / 4;
-            under[i] = bd_join_pieces<Z>(c[s][0][i % 4], c[s][1][i % 4]);
+        for (int i = 0; i < 4; i++) {
+            under[i] = bd_join_pieces<Z>(c[s][0][i], c[s][1][i]);
         }
-        bd_sum_shares<8>(buffer, split, own.share, under);
+        bd_sum_shares<4>(buffer, split, own.share, under);
         if (own.share == 0) {
+            const plane_rows rows = rows_of_plane(job, view, p);
             BD_UNROLL
-            for (int i = 0; i < 4; i++) {
-                const int at = 2 * values.first + i;
-                finish_column(job, view, values, block, first_column(own) + at, under + 2 * i,
+            for (int i = 0; i < 2; i++) {
+                const int at = 2 * s + i;
+                finish_column(job, view, rows, block, first_column(own) + at, under + 2 * i,
                               kept + 2 * at * BD_TILE_THREADS);
             }
         }
@@ -219,8 +241,8 @@ template <typename Z>
 __global__ void
 __launch_bounds__(BD_TILE_THREADS, 2) multiply_transposed(const bd_gradient_job job)
 {
-    BD_SHARED(Z, buffer); /* 8 a thread, then 32 sums a thread */
-    float *const kept = reinterpret_cast<float *>(buffer + 8 * BD_TILE_THREADS) + threadIdx.x;
+    BD_SHARED(Z, buffer); /* 4 a thread, then 32 sums a thread */
+    float *const kept = reinterpret_cast<float *>(buffer + 4 * BD_TILE_THREADS) + threadIdx.x;
     const int n_blocks = job.plan.counts[2], n_units = 2 * static_cast<int>(bd_groups_of(job.K));
     const int split = bd_choose_split(n_blocks, n_units, bd_n_pairs(job.N));
     const int units = BD_TILE_WARPS / split, n_tiles = (n_units + units - 1) / units;
@@ -259,7 +281,7 @@ bd_cuda_linear_transposed(const bd_cuda_context *ctx, const bd_cuda_gradient_arg
     }
     const dim3 grid(static_cast<unsigned>(2 * ctx->n_processors)), block(BD_TILE_THREADS);
     const size_t sums_bytes = VALUES * BD_TILE_THREADS * sizeof(float),
-                 n_values = 8 * BD_TILE_THREADS;
+                 n_values = 4 * BD_TILE_THREADS;
     if (job.N <= 65535) {
         status = BD_LAUNCH(multiply_transposed<uint32_t>, grid, block, n_values * 4 + sums_bytes,
                            ctx->stream, job);

@@ -102,7 +102,8 @@ visit_column(const bd_sweep_args &args, int64_t n, int j, int lane, line_state *
 }
 
 __global__ void
-__launch_bounds__(LANES, 16) sweep_row(const bd_sweep_args args, int64_t n_lines, int64_t plane_words)
+__launch_bounds__(LANES, 16)
+    sweep_row(const bd_sweep_args args, int64_t n_lines, int64_t plane_words)
 {
     const int64_t n = blockIdx.x;
     const int lane = static_cast<int>(threadIdx.x);
