@@ -3,7 +3,8 @@
  * What runs. A launch runs its blocks one after the other, and the threads of a block as coroutines on the
  * calling thread (emulation.cpp). A coroutine runs until it must wait: at __syncthreads for its block, at a
  * warp function for the lanes of its mask. Threads and blocks go in ascending order, or in descending order
- * with BITDELTA_EMULATION_ORDER=descending; a kernel's results must not depend on it.
+ * with BITDELTA_EMULATION_ORDER=descending; a kernel's results must not depend on it. The GPU has two
+ * processors and compute capability 8.0, or 10.0 with BITDELTA_EMULATION_CAPABILITY=100.
  *
  * What is watched. Kernels are compiled with -fsanitize=thread and parts of -fsanitize=undefined, but not
  * linked with their libraries: emulation_memory.cpp defines the functions they call before each load and

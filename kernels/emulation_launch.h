@@ -99,12 +99,7 @@ struct launch_state {
 };
 
 /* The launch that the calling thread runs, or NULL. It is asked for at every access. */
-#if defined(__ELF__)
-extern __thread launch_state *current_launch
-    __attribute__((tls_model("initial-exec"), visibility("hidden")));
-#else
 extern __thread launch_state *current_launch;
-#endif
 static inline launch_state *
 current()
 {

@@ -1,7 +1,8 @@
 /* emulation_switch.h - coroutines: two stacks and a jump between them.
  *
- * What a call must preserve is pushed, the stack pointers are exchanged, and the other's registers popped:
- * some 2 ns. Elsewhere ucontext does it, with a system call for the signal mask each time. */
+ * What a call must preserve is pushed, the stack pointers are exchanged, and the other's registers popped.
+ * Elsewhere ucontext does it, with a system call for the signal mask each time: a barrier then takes some
+ * 590 ns a thread instead of 53 (x86-64). */
 #ifndef BITDELTA_EMULATION_SWITCH_H_
 #define BITDELTA_EMULATION_SWITCH_H_
 
