@@ -42,18 +42,18 @@ add_plane(const bd_linear_job &job, const bd_walk &walk, int segment, int column
     BD_UNROLL
     for (int b = 0; b < B; b++) {
         const bd_view view = bd_look(job, walk, job.plan.many, segment, column);
-        Z under[8];
-        BD_UNROLL
-        for (int i = 0; i < 8; i++) { /* rows 2t and 2t + 1, four outputs each */
-            const int product = i % 4 / 2 * 2, element = i % 2 * 2 + i / 4;
-            under[i] = bd_join_pieces<Z>(c[b][product][element], c[b][product + 1][element]);
-        }
-        bd_sum_shares<8>(buffer, walk.split, view.tile.share, under);
         BD_UNROLL
         for (int r = 0; r < 2; r++) {
             const int row = b * BD_ROW_BLOCK + 2 * t + r;
+            Z under[4];
+            BD_UNROLL
+            for (int i = 0; i < 4; i++) {
+                const int product = i / 2 * 2, element = i % 2 * 2 + r;
+                under[i] = bd_join_pieces<Z>(c[b][product][element], c[b][product + 1][element]);
+            }
+            bd_sum_shares<4>(buffer, walk.split, view.tile.share, under);
             if (view.tile.share == 0 && row < view.n_rows) {
-                bd_add_row_term(job, view, p, row, under + 4 * r,
+                bd_add_row_term(job, view, p, row, under,
                                 sums + (b * 8 + r * 4) * BD_TILE_THREADS + thread);
             }
         }
@@ -92,10 +92,10 @@ run_tile(const bd_linear_job &job, const bd_walk &walk, int segment, int column,
 /* Segments run fastest: blocks that work at the same time share signs, which then come from the L2. */
 template <typename Z>
 __global__ void
-__launch_bounds__(BD_TILE_THREADS, 2) multiply_many(const bd_linear_job job)
+__launch_bounds__(BD_TILE_THREADS, sizeof(Z) == 4 ? 2 : 1) multiply_many(const bd_linear_job job)
 {
-    BD_SHARED(Z, buffer);                                                        /* 8 a thread */
-    float *const sums = reinterpret_cast<float *>(buffer + 8 * BD_TILE_THREADS); /* 32 a thread */
+    BD_SHARED(Z, buffer);                                                        /* 4 a thread */
+    float *const sums = reinterpret_cast<float *>(buffer + 4 * BD_TILE_THREADS); /* 32 a thread */
     const bd_walk walk = bd_plan_walk(job, job.plan.counts[1]);
     int column = 0, segment = static_cast<int>(blockIdx.x);
     for (; walk.n_segments > 0; segment += static_cast<int>(gridDim.x)) {
@@ -116,7 +116,7 @@ bd_launch_medium(const bd_cuda_context *ctx, const bd_linear_job *job)
 {
     const dim3 grid(static_cast<unsigned>(2 * ctx->n_processors)), block(BD_TILE_THREADS);
     const size_t sums_bytes = BD_MANY_ROWS * BD_TILE_THREADS * sizeof(float);
-    const size_t n_values = 8 * BD_TILE_THREADS;
+    const size_t n_values = 4 * BD_TILE_THREADS;
     if (job->K <= 65535) {
         return BD_LAUNCH(multiply_many<uint32_t>, grid, block, n_values * 4 + sums_bytes,
                          ctx->stream, *job);
