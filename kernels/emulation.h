@@ -27,7 +27,8 @@
  * A finding ends the launch: BD_LAUNCH returns BD_ERR_CUDA, and bd_gpu_message() names kernel, block, thread
  * and cause. To see the call stack, put a breakpoint on bd_gpu::fail.
  *
- * What is not watched: values of global memory that nothing has written, bank conflicts, registers, time. */
+ * What is not watched: values of global memory that nothing has written, memcpy of a size that the compiler
+ * does not know, bank conflicts, registers, time. */
 #ifndef BITDELTA_EMULATION_H_
 #define BITDELTA_EMULATION_H_
 
