@@ -29,6 +29,55 @@ def cuda_expand(
     row_begin: int,
     /,
 ) -> None: ...
+
+@final
+class CudaDeltas:
+    """Deltas of one weight on a GPU and their table, int64 [T, 4]; holds the memory of all."""
+
+    def __new__(
+        cls,
+        table: Tensor,  # out
+        deltas: tuple[tuple[Tensor, Tensor, Tensor | None] | None, ...],  # as of Delta; None: an empty slot
+        shape: tuple[int, int],
+        /,
+    ) -> CudaDeltas: ...
+    @property
+    def planes(self) -> int: ...  # the most of a slot
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def has_columns(self) -> bool: ...
+    def __len__(self) -> int: ...
+
+def cuda_workspace_bytes(operation: str, /, *sizes: int) -> int: ...
+def cuda_plan(
+    plan: Tensor,  # out: uint8, of cuda_workspace_bytes("plan", M, T), aligned to 256 bytes
+    tenant_ids: Tensor,  # int64 [M]
+    T: int,
+    /,
+) -> None: ...
+def cuda_linear(
+    x: Tensor,  # [M, K]
+    parts: tuple[tuple[Tensor, Tensor | None, Tensor | None, CudaDeltas], ...],  # out, product, bias, deltas
+    plan: Tensor,
+    max_rows: int,  # the most rows that a tenant has; M where not known
+    add: bool,
+    workspace: Tensor,
+    /,
+) -> None: ...
+def cuda_extract(
+    base: Tensor,
+    finetuned: Tensor,
+    planes: int,
+    form: int,  # 0 tensor, 1 row, 2 rank1
+    sign: Tensor,
+    scale: Tensor,
+    column: Tensor | None,
+    bad: Tensor,  # out: int64 [1], -1 or where a number is not finite
+    workspace: Tensor,
+    /,
+) -> None: ...
+def cuda_position(bad: int, K: int, /) -> tuple[int, int, int]: ...  # row, column, in_base
 def cuda_quantize(
     q: Tensor,  # out: int16 [M, K rounded up to 256]
     exponents: Tensor,  # out: int32 [M]; 2^31 - 1 where a number is not finite

@@ -89,6 +89,10 @@ class Delta:
         >>> bitdelta.extract(base, np.array([[2, 0]], np.float32)).expand(base)
         array([[2., 0.]], dtype=float32)
         """
+        from . import cuda  # which imports this module
+
+        if base is not None and cuda.is_on_gpu(base):
+            return cuda.expand(self, base, cuda.empty_as(base, self.shape) if out is None else out)
         threads.sync()
         if out is None:
             out = np.empty(self.shape, np.float32) if base is None else empty_like(base, self.shape)
@@ -136,6 +140,10 @@ def extract(base: Tensor, finetuned: Tensor, planes: int = 1, scale: str = "row"
     >>> d.scale.tolist(), d.expand(base).tolist()
     ([[2.0], [1.0]], [[3.0, -1.0, 1.0, 1.0]])
     """
+    from . import cuda  # which imports this module
+
+    if cuda.is_on_gpu(base):
+        return cuda.extract(base, finetuned, planes, scale)
     return _extract(base, finetuned, planes, scale, False)[0]
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _C
+from . import _C, cuda
 from .array import BFloat16Array, Tensor, dtype_name, empty_like, is_torch
+from .cuda import is_on_gpu
 from .delta import Delta, matrix_shape
 from .threads import sync
 
@@ -68,6 +69,8 @@ def linear(
     array([[ 4., -4.],
            [ 1.,  2.]], dtype=float32)
     """
+    if is_on_gpu(x):
+        return cuda.linear(x, weight, deltas, tenant_ids, bias, precision, out)
     sync()
     handles = _handles(deltas)
     try:
@@ -106,6 +109,8 @@ def linear_add(y: Tensor, x: Tensor, deltas: Sequence[Delta], tenant_ids: Any) -
     >>> bitdelta.linear_add(np.float32([[10]]), np.float32([[2, 1]]), [d], [0])
     array([[13.]], dtype=float32)
     """
+    if is_on_gpu(x):
+        return cuda.linear_add(y, x, deltas, tenant_ids)
     sync()
     _C.linear_add(y, x, _handles(deltas), tenant_ids)
     return y

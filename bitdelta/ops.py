@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from . import cuda
+from .cuda import is_on_gpu
 from .delta import Delta
 from .operators import Ids, T, run_linear, run_linear_add, run_linear_transposed
 from .torch_delta import TorchDelta, as_torch
@@ -53,8 +55,11 @@ def linear(
     """
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if _is_plain(flat) and not _needs_gradient(flat, weight, bias, deltas):
-        handles = [delta.handle for delta in deltas]
-        y = run_linear(flat, weight, bias, handles, tenant_ids, precision)
+        if is_on_gpu(flat):
+            y = cuda.linear(flat, weight, deltas, tenant_ids, bias, precision)
+        else:
+            handles = [delta.handle for delta in deltas]
+            y = run_linear(flat, weight, bias, handles, tenant_ids, precision)
     else:
         y = torch.ops.bitdelta.linear(
             flat, weight, bias, *_parts(deltas), _as_ids(tenant_ids), precision, delta_in_dx
@@ -83,7 +88,10 @@ def linear_add(
         new = torch.ops.bitdelta.linear_sum(flat_y, flat_x, *_parts(deltas), _as_ids(tenant_ids), delta_in_dx)
         return new.view(y.shape)
     if _is_plain(flat_x):
-        run_linear_add(flat_y, flat_x, [delta.handle for delta in deltas], tenant_ids)
+        if is_on_gpu(flat_x):
+            cuda.linear_add(flat_y, flat_x, deltas, tenant_ids)
+        else:
+            run_linear_add(flat_y, flat_x, [delta.handle for delta in deltas], tenant_ids)
     else:
         torch.ops.bitdelta.linear_add(flat_y, flat_x, *_parts(deltas), _as_ids(tenant_ids))
     return flat_y.view(y.shape)

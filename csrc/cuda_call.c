@@ -67,6 +67,44 @@ cuda_block(module_state *state, cuda_call *call, PyObject *object, const char *n
     return view->data;
 }
 
+void *
+cuda_scratch(module_state *state, cuda_call *call, PyObject *object, const char *name, int mode,
+             size_t n_bytes)
+{
+    static const int64_t any[] = {ANY_SIZE};
+    void *data = cuda_block(state, call, object, name, mode, kDLUInt, 8, 256, "[n]", 1, any);
+    const int64_t got = data == NULL ? 0 : call->tensors[call->n_tensors - 1].shape[0];
+    if (data != NULL && (uint64_t)got < n_bytes) {
+        PyErr_Format(PyExc_ValueError, "%s: expected at least %zu bytes, got %lld", name, n_bytes,
+                     (long long)got);
+        return NULL;
+    }
+    return data;
+}
+
+int
+cuda_vector(module_state *state, cuda_call *call, PyObject *object, const char *name, int64_t n,
+            const void **data, bd_dtype *dtype)
+{
+    bd_matrix *memory = &call->memory[call->n_tensors];
+    const tensor *view = acquire(state, call, object, name, TENSOR_INPUT);
+    if (view == NULL || check_shape(view, name, "[N]", 1, &n) < 0) {
+        return -1;
+    }
+    tensor row = *view; /* borrowed: [1, N] */
+    row.ndim = 2;
+    row.shape[0] = 1;
+    row.shape[1] = n;
+    row.strides[0] = n;
+    row.strides[1] = view->strides[0];
+    if (tensor_to_matrix(&row, name, "[1, N]", 1, n, memory) < 0) {
+        return -1;
+    }
+    *data = memory->data;
+    *dtype = memory->dtype;
+    return 0;
+}
+
 static int
 are_same(const bd_matrix *a, const bd_matrix *b)
 {

@@ -37,6 +37,14 @@ void *cuda_block(module_state *state, cuda_call *call, PyObject *object, const c
                  DLDataTypeCode code, int bits, int64_t alignment, const char *letters, int ndim,
                  const int64_t *shape);
 
+/* A plan or a workspace: uint8 [n], aligned to 256 bytes, of at least n_bytes. */
+void *cuda_scratch(module_state *state, cuda_call *call, PyObject *object, const char *name,
+                   int mode, size_t n_bytes);
+
+/* [n] of fp32, fp16 or bf16, compact. 0, or -1 with an exception. */
+int cuda_vector(module_state *state, cuda_call *call, PyObject *object, const char *name, int64_t n,
+                const void **data, bd_dtype *dtype);
+
 /* BufferError when an output shares memory with another tensor; with `in_place`, the first two may be
  * the same one. */
 int cuda_check_apart(const cuda_call *call, int in_place);
@@ -46,6 +54,19 @@ bd_status cuda_enter(cuda_call *call);
 void cuda_leave(cuda_call *call);
 
 void cuda_end(cuda_call *call);
+
+/* A Python object: deltas [T] of one weight, their table, and the memory of both. Kernels of the emulation
+ * may read it for as long as it lives. */
+typedef struct {
+    PyObject_HEAD int64_t N, K, T;
+    int max_planes, has_columns;
+    int64_t n_tensors, n_lent;
+    tensor *tensors; /* the table first */
+} cuda_deltas;
+
+/* NULL with an exception when object is something else, or on another GPU than the call's tensors. */
+const cuda_deltas *cuda_deltas_view(module_state *state, const cuda_call *call, PyObject *object,
+                                    const char *name);
 
 /* As return_status; BD_ERR_CUDA is a DeviceError with CUDA's own words. */
 PyObject *cuda_return_status(bd_status status);

@@ -22,6 +22,10 @@ const char *bd_gpu_message(void);
 bd_status bd_gpu_enter(int device, int *before, int *capability, int *n_processors);
 void bd_gpu_leave(int before);
 
+/* Copies n_bytes from the host to device memory in the order of the stream, and waits for it: not while
+ * the stream is captured. */
+bd_status bd_gpu_put(void *to, const void *from, size_t n_bytes, void *stream);
+
 /* 1 when "device memory" is host memory, of which kernels may touch only what is lent to them. */
 int bd_gpu_is_emulated(void);
 

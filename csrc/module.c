@@ -335,6 +335,15 @@ module_exec(PyObject *module)
         PyModule_AddFunctions(module, cuda_functions) < 0) {
         return -1;
     }
+#if BITDELTA_CUDA_KIND
+    state->cuda_deltas_type =
+        (PyTypeObject *)PyType_FromModuleAndSpec(module, &cuda_deltas_spec, NULL);
+    if (state->cuda_deltas_type == NULL || PyModule_AddType(module, state->cuda_deltas_type) < 0 ||
+        PyModule_AddFunctions(module, cuda_product_functions) < 0 ||
+        PyModule_AddFunctions(module, cuda_delta_functions) < 0) {
+        return -1;
+    }
+#endif
     return PyModule_AddIntConstant(module, "STREAM_ROWS", BD_STREAM_ROWS);
 }
 
@@ -343,6 +352,7 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
 {
     module_state *state = get_state(module);
     Py_VISIT(state->delta_type);
+    Py_VISIT(state->cuda_deltas_type);
     for (int i = 0; i < state->n_exchange; i++) {
         Py_VISIT(state->exchange[i].type);
     }
@@ -354,6 +364,7 @@ module_clear(PyObject *module)
 {
     module_state *state = get_state(module);
     Py_CLEAR(state->delta_type);
+    Py_CLEAR(state->cuda_deltas_type);
     while (state->n_exchange > 0) {
         state->n_exchange--;
         Py_CLEAR(state->exchange[state->n_exchange].type);

@@ -28,6 +28,7 @@ typedef struct {
 
 typedef struct {
     PyTypeObject *delta_type;
+    PyTypeObject *cuda_deltas_type; /* NULL in a build without kernels */
     PyObject *str_exchange_api, *str_dlpack, *str_dlpack_device, *str_requires_grad, *str_is_neg,
         *str_is_conj, *str_bitdelta_dtype;
     PyObject *max_version_kwnames; /* ("max_version",) */
@@ -83,6 +84,11 @@ extern PyMethodDef product_functions[];   /* py_linear.c: linear, linear_add, li
 extern PyMethodDef byte_functions[];      /* py_bytes.c: to_float32, crc32c, crc32c_combine, read */
 extern PyMethodDef cuda_functions[];      /* py_cuda.c: cuda_missing, cuda_is_emulated, cuda_expand,
                                            * cuda_quantize */
+#if BITDELTA_CUDA_KIND
+extern PyType_Spec cuda_deltas_spec;         /* cuda_deltas.c */
+extern PyMethodDef cuda_product_functions[]; /* py_cuda_linear.c */
+extern PyMethodDef cuda_delta_functions[];   /* py_cuda_delta.c: cuda_extract */
+#endif
 
 /* A Delta object's view, or NULL with TypeError when object is not a Delta of this module. */
 const bd_delta *delta_view(module_state *state, PyObject *object, const char *name);

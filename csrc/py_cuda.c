@@ -205,5 +205,12 @@ PyMethodDef cuda_functions[] = {
     {"cuda_expand", (PyCFunction)(void (*)(void))py_cuda_expand, METH_FASTCALL, cuda_expand_doc},
     {"cuda_quantize", (PyCFunction)(void (*)(void))py_cuda_quantize, METH_FASTCALL,
      cuda_quantize_doc},
+#if !BITDELTA_CUDA_KIND
+    {"cuda_workspace_bytes", (PyCFunction)(void (*)(void))refuse, METH_FASTCALL, NULL},
+    {"cuda_plan", (PyCFunction)(void (*)(void))refuse, METH_FASTCALL, NULL},
+    {"cuda_linear", (PyCFunction)(void (*)(void))refuse, METH_FASTCALL, NULL},
+    {"cuda_extract", (PyCFunction)(void (*)(void))refuse, METH_FASTCALL, NULL},
+    {"cuda_position", (PyCFunction)(void (*)(void))refuse, METH_FASTCALL, NULL},
+#endif
     {NULL, NULL, 0, NULL},
 };

@@ -1,0 +1,348 @@
+"""The operations of `delta.py` and `linear.py` on tensors of a GPU, with the same bits.
+
+A tensor is torch's, on a CUDA device; all of a call are on one, and it runs on torch's current stream there, which
+the tensors tell through the DLPack exchange API. `Delta`s live in the host's memory: their arrays are copied to a
+device at first use and stay there as long as the Delta does. So does the table of a list of deltas. Nothing waits for
+the GPU but `extract`, which has to look for numbers that are not finite, and that first use.
+
+In a build with BITDELTA_CUDA=emulate the kernels run on the CPU, for tests: the functions here then take NumPy's
+arrays and torch's CPU tensors, and with BITDELTA_DEVICE=emulated in the environment so do `bitdelta.linear` and
+its like.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import _C
+from .array import Tensor, aligned_empty, dtype_name, empty_like, is_torch, to_float32
+from .delta import FORMS, Delta, matrix_shape
+from .errors import DeviceError, whole_number
+
+MAX_SIZE = 1 << 20  # of N and K
+_EMULATED = _C.cuda_is_emulated()
+
+# tables by what their deltas are; an entry goes when one of its deltas does
+_tables: dict[Any, tuple[Any, list[weakref.ref[Any]]]] = {}
+_copies: weakref.WeakKeyDictionary[Delta, dict[Any, tuple[Any, Any, Any]]] = weakref.WeakKeyDictionary()
+
+
+def is_on_gpu(tensor: Tensor) -> bool:
+    """Whether the functions here are those to call for this tensor."""
+    if _EMULATED:
+        return os.environ.get("BITDELTA_DEVICE") == "emulated"
+    return bool(getattr(tensor, "is_cuda", False)) and is_torch(tensor)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows of a batch grouped by tenant, on the GPU: made once, used by every product of the batch."""
+
+    memory: Tensor
+    n_rows: int  # M
+    n_deltas: int  # T
+    max_rows: int  # the most rows of a tenant; M where only the GPU knows
+
+
+def plan(tenant_ids: Any, n_rows: int, n_deltas: int, like: Tensor) -> Plan:
+    """Groups the rows of a batch.
+
+    Args:
+        tenant_ids: M integers, -1 to n_deltas - 1. On the host they are checked; on the GPU, int64, they are not
+            looked at: rows with ids out of range become NaN.
+        n_rows: M, at least 1.
+        n_deltas: T, 1 to 4096.
+        like: a tensor on the GPU that is to work.
+
+    Raises:
+        ValueError: M other than the number of ids, an id on the host out of range.
+        DeviceError: no GPU, or another one.
+    """
+    _require()
+    if isinstance(tenant_ids, Plan):
+        if (tenant_ids.n_rows, tenant_ids.n_deltas) != (n_rows, n_deltas):
+            raise ValueError(
+                f"tenant_ids: expected a plan of {n_rows} rows and {n_deltas} deltas,"
+                f" got one of {tenant_ids.n_rows} and {tenant_ids.n_deltas}"
+            )
+        return tenant_ids
+    ids, max_rows = tenant_ids, n_rows
+    if _is_host(tenant_ids):
+        ids, max_rows = _checked_ids(tenant_ids, n_rows, n_deltas)
+        if not _EMULATED:
+            ids = sys.modules["torch"].from_numpy(ids).to(like.device)
+    elif tuple(ids.shape) != (n_rows,):
+        raise ValueError(f"tenant_ids: expected [M] = [{n_rows}], got {list(ids.shape)}")
+    memory = _scratch(like, _C.cuda_workspace_bytes("plan", n_rows, n_deltas))
+    _C.cuda_plan(memory, ids, n_deltas)
+    return Plan(memory, n_rows, n_deltas, max_rows)
+
+
+def _is_host(tenant_ids: Any) -> bool:
+    """Emulated, only sequences are the host's: all memory is."""
+    if _EMULATED:
+        return not (isinstance(tenant_ids, np.ndarray) or is_torch(tenant_ids))
+    return not (is_torch(tenant_ids) and tenant_ids.is_cuda)
+
+
+def _checked_ids(tenant_ids: Any, n_rows: int, n_deltas: int) -> tuple[Any, int]:
+    ids = np.asarray(tenant_ids)
+    if ids.size and ids.dtype.kind not in "iu":
+        raise TypeError(f"tenant_ids: expected integers, got {ids.dtype}")
+    if ids.shape != (n_rows,):
+        raise ValueError(f"tenant_ids: expected [M] = [{n_rows}], got {list(ids.shape)}")
+    wrong = np.flatnonzero((ids < -1) | (ids >= n_deltas))
+    if wrong.size:
+        row = int(wrong[0])
+        raise ValueError(f"tenant_ids: expected -1 .. {n_deltas - 1}, got {ids[row]} at row {row}")
+    counts = np.bincount(ids[ids >= 0], minlength=1)
+    return ids.astype(np.int64), int(counts.max())
+
+
+def table(deltas: Sequence[Any], like: Tensor, shape: tuple[int, int] | None = None) -> _C.CudaDeltas:
+    """Deltas of one shape as the kernels find them, made once for the same deltas.
+
+    Args:
+        deltas: T of `Delta` and `ops.TorchDelta`; None is an empty slot, whose rows become NaN.
+        like: a tensor on the GPU that is to work.
+        shape: (N, K), for where no slot tells.
+
+    Raises:
+        TypeError, ValueError: what is no delta, or of another shape.
+        DeviceError: scales on another device than `like`.
+    """
+    _require()
+    if isinstance(deltas, _C.CudaDeltas):
+        return deltas
+    slots = tuple(deltas) or (None,)
+    for at, delta in enumerate(slots):
+        found = getattr(delta, "shape", None)
+        if delta is not None and (found is None or not hasattr(delta, "planes")):
+            raise TypeError(f"deltas: expected a sequence of bitdelta.Delta, got {type(delta).__name__}")
+        if shape is None:
+            shape = found
+        elif found is not None and tuple(found) != tuple(shape):
+            raise ValueError(f"deltas: expected shape [N, K] = {list(shape)}, got {list(found)} at {at}")
+    if shape is None:
+        raise ValueError("deltas: expected at least one where weight is None, got none")
+    key, owners = _identity(slots, like, shape)
+    known = _tables.get(key)
+    if known is not None:
+        return known[0]
+    parts = tuple(None if delta is None else _parts(delta, like) for delta in slots)
+    made = _C.CudaDeltas(_empty(like, (len(slots), 4), "int64"), parts, shape)
+    if owners is not None:
+
+        def drop(_: Any) -> None:
+            _tables.pop(key, None)
+
+        _tables[key] = made, [weakref.ref(owner, drop) for owner in owners]
+    return made
+
+
+def _identity(slots: tuple[Any, ...], like: Tensor, shape: Any) -> tuple[Any, list[Any] | None]:
+    """A key, and what it stands for as long as it lives; None where that is a copy."""
+    key: list[Any] = [str(getattr(like, "device", "")), *shape]
+    owners: list[Any] | None = []
+    for delta in slots:
+        held: list[Any] = []
+        if delta is None or isinstance(delta, Delta):
+            key.append(id(delta))
+            held += [] if delta is None else [delta]
+        else:
+            held += [each for each in (delta.sign, delta.row, delta.column) if each is not None]
+            key.append(tuple((each.data_ptr(), each.shape[0]) for each in held))
+            if not all(each.is_contiguous() for each in held):
+                owners = None
+        if owners is not None:
+            owners += held
+    return tuple(key), owners
+
+
+def _parts(delta: Any, like: Tensor) -> tuple[Any, Any, Any]:
+    """sign uint32, scale, column or None on the device of `like`."""
+    if isinstance(delta, Delta):
+        if _EMULATED:
+            return delta.sign, delta.scale, delta.column
+        torch, places = sys.modules["torch"], _copies.setdefault(delta, {})
+        if like.device not in places:
+            arrays: list[Any] = [delta.sign.view(np.int32), delta.scale, delta.column]
+            moved: list[Any] = [
+                None if each is None else torch.from_numpy(np.array(each)).to(like.device) for each in arrays
+            ]
+            places[like.device] = moved[0].view(torch.uint32), moved[1], moved[2]
+        return places[like.device]
+    column = None if delta.column is None else delta.column.detach().contiguous()
+    torch = sys.modules["torch"]
+    return delta.sign.detach().view(torch.uint32), delta.row.detach().contiguous(), column
+
+
+# products
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor | None,
+    deltas: Any,
+    tenant_ids: Any,
+    bias: Tensor | None = None,
+    precision: str = "fixed16",
+    out: Tensor | None = None,
+) -> Tensor:
+    """As `bitdelta.linear`, on the GPU of x.
+
+    The delta's terms have the bits of the CPU. The base product is cuBLAS's (torch.mm) in fp32, before the one
+    rounding; where x and weight are of different dtypes both are converted to fp32 first.
+
+    Args:
+        deltas: a sequence of deltas, or what `table` made.
+        tenant_ids: integers on the host or on the GPU, or what `plan` made.
+
+    Raises:
+        TypeError, ValueError, BufferError: as `bitdelta.linear`.
+        DeviceError: no GPU, a GPU that is not supported, or tensors on different devices.
+    """
+    if precision != "fixed16":
+        raise ValueError(f"precision: expected 'fixed16' on a GPU, got {precision!r}")
+    M, K = matrix_shape(x, "x", "[M, K]")
+    found = table(deltas, x, None if weight is None else (matrix_shape(weight, "weight")[0], K))
+    out = _empty(x, (M, found.shape[0]), dtype_name(x, "x")) if out is None else out
+    if M:
+        product = None if weight is None else _base_product(x, weight)
+        _run_linear(x, [(out, product, bias, found)], tenant_ids, False)
+    return out
+
+
+def linear_add(y: Tensor, x: Tensor, deltas: Any, tenant_ids: Any) -> Tensor:
+    """As `bitdelta.linear_add`, on the GPU of x."""
+    M, _ = matrix_shape(x, "x", "[M, K]")
+    if M:
+        _run_linear(x, [(y, None, None, table(deltas, x))], tenant_ids, True)
+    return y
+
+
+def _run_linear(x: Tensor, parts: list[Any], tenant_ids: Any, add: bool) -> None:
+    M, K = x.shape
+    _check_size(M=M, K=K)
+    tables = [part[3] for part in parts]
+    planes, has_columns = max(each.planes for each in tables), any(each.has_columns for each in tables)
+    batch = plan(tenant_ids, M, len(tables[0]), x)
+    n_bytes = _C.cuda_workspace_bytes("linear", M, K, batch.n_deltas, len(parts), planes, int(has_columns))
+    _C.cuda_linear(x, tuple(parts), batch.memory, batch.max_rows, add, _scratch(x, n_bytes))
+
+
+def _base_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, fp32 [M, N]."""
+    if matrix_shape(weight, "weight")[1] != x.shape[1]:
+        raise ValueError(f"weight: expected K = {x.shape[1]} of x, got {list(weight.shape)}")
+    if not is_torch(x):
+        return to_float32(x) @ to_float32(weight).T
+    torch = sys.modules["torch"]
+    x, weight = x.detach(), weight.detach()
+    if x.is_cuda and x.dtype == weight.dtype != torch.float32:
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+    return torch.mm(x.float(), weight.float().T)
+
+
+# deltas
+
+
+def extract(base: Tensor, finetuned: Tensor, planes: int = 1, scale: str = "row") -> Delta:
+    """As `bitdelta.extract`, on the GPU of base; the Delta's arrays are in the host's memory."""
+    _require()
+    N, K = matrix_shape(base, "base")
+    if matrix_shape(finetuned, "finetuned") != (N, K):
+        raise ValueError(f"finetuned: expected {[N, K]} as base, got {list(finetuned.shape)}")
+    planes = whole_number(planes, "planes", 1, 8)
+    if scale not in FORMS:
+        raise ValueError(f"scale: expected 'tensor', 'row' or 'rank1', got {scale!r}")
+    form = FORMS.index(scale)
+    sign = _empty(base, (planes, -(-N // 16), 8 * -(-K // 256), 16), "uint32")
+    row = _empty(base, (planes,) if scale == "tensor" else (planes, N), "float32")
+    column = _empty(base, (planes, K), "float32") if scale == "rank1" else None
+    bad = _empty(base, (1,), "int64")
+    workspace = _scratch(base, _C.cuda_workspace_bytes("extract", N, K, form))
+    _C.cuda_extract(base, finetuned, planes, form, sign, row, column, bad, workspace)
+    _raise_bad(int(bad[0]), K)
+    signs = aligned_empty(tuple(sign.shape), np.uint32)
+    signs[...] = _to_host(sign)
+    rows, columns = _to_host(row), None if column is None else _to_host(column)
+    if not (np.isfinite(rows).all() and (columns is None or np.isfinite(columns).all())):
+        raise ValueError("finetuned - base: expected scales within fp32, got one beyond")
+    if scale == "tensor":
+        rows = np.repeat(rows[:, None], N, axis=1)
+    return Delta(signs, rows, columns, (N, K), scale)
+
+
+def _raise_bad(bad: int, K: int) -> None:
+    if bad == -1:
+        return
+    row, column, in_base = _C.cuda_position(bad, K)
+    said = {
+        1: "base: expected finite weights, got NaN or Inf",
+        0: "finetuned: expected finite weights, got NaN or Inf",
+        -1: "finetuned - base: expected differences within fp32, got one beyond",
+    }[in_base]
+    raise ValueError(f"{said} at [{row}, {column}]")
+
+
+def expand(delta: Any, base: Tensor | None, out: Tensor) -> Tensor:
+    """round(base + the planes), as `Delta.expand`, on the GPU of out; out may be base itself."""
+    _require()
+    _C.cuda_expand(out, base, *_parts(delta, out), delta.shape[0], 0)
+    return out
+
+
+# memory
+
+
+def empty_as(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Uninitialised, of like's kind, dtype and device."""
+    return _empty(like, shape, dtype_name(like))
+
+
+def _require() -> None:
+    missing = _C.cuda_missing()
+    if missing is not None:
+        raise DeviceError(missing)
+
+
+def _check_size(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size > MAX_SIZE << (4 if name == "M" else 0):
+            raise ValueError(f"{name}: expected at most {MAX_SIZE << (4 if name == 'M' else 0)}, got {size}")
+
+
+def _empty(like: Tensor, shape: tuple[int, ...], dtype: str) -> Tensor:
+    if is_torch(like):
+        torch = sys.modules["torch"]
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+    if dtype == "bfloat16":
+        return empty_like(like, shape)
+    return aligned_empty(shape, dtype)
+
+
+def _scratch(like: Tensor, n_bytes: int) -> Tensor:
+    """uint8 [n_bytes], aligned to 256 bytes."""
+    if not is_torch(like):
+        return aligned_empty((n_bytes,), np.uint8, 256)
+    torch = sys.modules["torch"]
+    memory = torch.empty(n_bytes + (0 if like.is_cuda else 256), dtype=torch.uint8, device=like.device)
+    start = -memory.data_ptr() % 256
+    return memory[start : start + n_bytes]
+
+
+def _to_host(tensor: Tensor) -> Any:
+    if not is_torch(tensor):
+        return np.ascontiguousarray(tensor)
+    torch = sys.modules["torch"]
+    if tensor.dtype == torch.uint32:
+        return tensor.view(torch.int32).cpu().numpy().view(np.uint32)
+    return tensor.cpu().numpy()
