@@ -65,6 +65,25 @@ def cuda_linear(
     workspace: Tensor,
     /,
 ) -> None: ...
+def cuda_linear_transposed(
+    dy: Tensor,  # [M, N]
+    x: Tensor | None,  # [M, K], for dcolumn
+    deltas: CudaDeltas,
+    plan: Tensor,
+    workspace: Tensor,
+    out: Tensor | None,  # [M, K]
+    dcolumn: Tensor | None,  # out: fp32 [T, planes, K]
+    /,
+) -> None: ...
+def cuda_row_gradient(
+    dy: Tensor,
+    x: Tensor,
+    deltas: CudaDeltas,
+    plan: Tensor,
+    workspace: Tensor,
+    drow: Tensor,  # out: fp32 [T, planes, N]
+    /,
+) -> None: ...
 def cuda_extract(
     base: Tensor,
     finetuned: Tensor,

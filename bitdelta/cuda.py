@@ -26,7 +26,6 @@ from .array import Tensor, aligned_empty, dtype_name, empty_like, is_torch, to_f
 from .delta import FORMS, Delta, matrix_shape
 from .errors import DeviceError, whole_number
 
-MAX_SIZE = 1 << 20  # of N and K
 _EMULATED = _C.cuda_is_emulated()
 
 # tables by what their deltas are; an entry goes when one of its deltas does
@@ -230,7 +229,6 @@ def linear_add(y: Tensor, x: Tensor, deltas: Any, tenant_ids: Any) -> Tensor:
 
 def _run_linear(x: Tensor, parts: list[Any], tenant_ids: Any, add: bool) -> None:
     M, K = x.shape
-    _check_size(M=M, K=K)
     tables = [part[3] for part in parts]
     planes, has_columns = max(each.planes for each in tables), any(each.has_columns for each in tables)
     batch = plan(tenant_ids, M, len(tables[0]), x)
@@ -238,17 +236,71 @@ def _run_linear(x: Tensor, parts: list[Any], tenant_ids: Any, add: bool) -> None
     _C.cuda_linear(x, tuple(parts), batch.memory, batch.max_rows, add, _scratch(x, n_bytes))
 
 
+def linear_transposed(dy: Tensor, deltas: Any, tenant_ids: Any, out: Tensor | None = None) -> Tensor:
+    """As `bitdelta.linear_transposed`, on the GPU of dy."""
+    M, _ = matrix_shape(dy, "dy", "[M, N]")
+    found = table(deltas, dy)
+    out = _empty(dy, (M, found.shape[1]), dtype_name(dy, "dy")) if out is None else out
+    if M:
+        batch, workspace = _for_gradient(dy, found, tenant_ids)
+        _C.cuda_linear_transposed(dy, None, found, batch.memory, workspace, out, None)
+    return out
+
+
+def gradients(
+    dy: Tensor, x: Tensor, deltas: Any, tenant_ids: Any, wants_g: bool, wants_rows: bool, wants_columns: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """g fp32 [M, K] of `linear_transposed`; drow fp32 [T, P, N]; dcolumn fp32 [T, P, K]; None where not wanted.
+
+    P is the most planes of a delta. Of tenants without rows, or without a column, they are zero.
+    """
+    if not deltas or not (wants_g or wants_rows or wants_columns):
+        return None, None, None
+    dy, x = _compact(dy), _compact(x)
+    found = table(deltas, x)
+    (M, K), T, P, N = x.shape, len(found), found.planes, found.shape[0]
+    g = _empty(x, (M, K), "float32") if wants_g else None
+    drow = _empty(x, (T, P, N), "float32") if wants_rows else None
+    dcolumn = _empty(x, (T, P, K), "float32") if wants_columns else None
+    if not M:
+        for sums in (drow, dcolumn):
+            if sums is not None:
+                sums[...] = 0
+        return g, drow, dcolumn
+    batch, workspace = _for_gradient(dy, found, tenant_ids)
+    if wants_g or wants_columns:
+        _C.cuda_linear_transposed(dy, x, found, batch.memory, workspace, g, dcolumn)
+    if wants_rows:
+        _C.cuda_row_gradient(dy, x, found, batch.memory, workspace, drow)
+    return g, drow, dcolumn
+
+
+def _for_gradient(dy: Tensor, found: _C.CudaDeltas, tenant_ids: Any) -> tuple[Plan, Tensor]:
+    M, (N, K) = dy.shape[0], found.shape
+    batch = plan(tenant_ids, M, len(found), dy)
+    return batch, _scratch(dy, _C.cuda_workspace_bytes("gradient", M, N, K, len(found), found.planes))
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous() if is_torch(tensor) else tensor
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """a b in fp32."""
+    if not is_torch(a):
+        return to_float32(a) @ to_float32(b)
+    torch = sys.modules["torch"]
+    a, b = a.detach(), b.detach()
+    if a.is_cuda and a.dtype == b.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
+
+
 def _base_product(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T, fp32 [M, N]."""
     if matrix_shape(weight, "weight")[1] != x.shape[1]:
         raise ValueError(f"weight: expected K = {x.shape[1]} of x, got {list(weight.shape)}")
-    if not is_torch(x):
-        return to_float32(x) @ to_float32(weight).T
-    torch = sys.modules["torch"]
-    x, weight = x.detach(), weight.detach()
-    if x.is_cuda and x.dtype == weight.dtype != torch.float32:
-        return torch.mm(x, weight.T, out_dtype=torch.float32)
-    return torch.mm(x.float(), weight.float().T)
+    return multiply(x, weight.T if is_torch(x) else to_float32(weight).T)
 
 
 # deltas
@@ -312,12 +364,6 @@ def _require() -> None:
     missing = _C.cuda_missing()
     if missing is not None:
         raise DeviceError(missing)
-
-
-def _check_size(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size > MAX_SIZE << (4 if name == "M" else 0):
-            raise ValueError(f"{name}: expected at most {MAX_SIZE << (4 if name == 'M' else 0)}, got {size}")
 
 
 def _empty(like: Tensor, shape: tuple[int, ...], dtype: str) -> Tensor:

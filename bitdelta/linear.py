@@ -137,6 +137,8 @@ def linear_transposed(
     >>> bitdelta.linear_transposed(np.float32([[1, 1]]), [d], [0])
     array([[3., 1.]], dtype=float32)
     """
+    if is_on_gpu(dy):
+        return cuda.linear_transposed(dy, deltas, tenant_ids, out)
     sync()
     handles = _handles(deltas)
     n_rows, _ = matrix_shape(dy, "dy", "[M, N]")

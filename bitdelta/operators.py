@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from . import _C, threads
+from . import _C, cuda, threads, torch_cuda
 from .linear import STREAM_ROWS
 from .torch_delta import handle_of, new_handle
 from .torch_panels import times, times_transposed
@@ -66,7 +66,7 @@ def _columns(columns: Sequence[T], signs: Sequence[T]) -> list[T | None]:
     return [column if column.numel() else None for column in columns]
 
 
-# the operators on the CPU; tensors here may require gradients, and the extension wants them detached
+# the operators; those on a GPU go to cuda.py; tensors here may require gradients, and the extension wants them detached
 
 
 def _linear(
@@ -80,6 +80,10 @@ def _linear(
     precision: str = "fixed16",
     delta_in_dx: bool = True,
 ) -> T:
+    if cuda.is_on_gpu(x):
+        found = torch_cuda.deltas_of(signs, rows, _columns(columns, signs), x.shape[1])
+        plain = None if weight is None else _plain(weight), None if bias is None else _plain(bias)
+        return cuda.linear(as_rows(x), plain[0], found, tenant_ids, plain[1], precision)
     handles = _all_handles(signs, rows, columns, x.shape[1])
     return run_linear(x, weight, bias, handles, tenant_ids, precision)
 
@@ -88,7 +92,7 @@ def run_linear(
     x: T, weight: T | None, bias: T | None, handles: list[_C.Delta], tenant_ids: Ids, precision: str
 ) -> T:
     threads.sync()
-    x = _rows(x)
+    x = as_rows(x)
     N = weight.shape[0] if weight is not None else _n_outputs(handles)
     out = x.new_empty(x.shape[0], N)
     product = None
@@ -107,7 +111,7 @@ def _n_outputs(handles: list[_C.Delta]) -> int:
     return handles[0].shape[0]
 
 
-def _rows(x: T) -> T:
+def as_rows(x: T) -> T:
     """x [M, K] as the extension takes it: without gradient, columns contiguous, rows apart."""
     if x.dim() != 2:
         raise ValueError(f"x: expected a matrix [M, K], got {list(x.shape)}")
@@ -129,23 +133,30 @@ def _linear_sum(
 
 
 def _linear_add(y: T, x: T, signs: list[T], rows: list[T], columns: list[T], tenant_ids: T) -> None:
+    if cuda.is_on_gpu(x):
+        found = torch_cuda.deltas_of(signs, rows, _columns(columns, signs), x.shape[1])
+        cuda.linear_add(_plain(y), as_rows(x), found, tenant_ids)
+        return
     run_linear_add(y, x, _all_handles(signs, rows, columns, x.shape[1]), tenant_ids)
 
 
 def run_linear_add(y: T, x: T, handles: list[_C.Delta], tenant_ids: Ids) -> None:
     threads.sync()
-    _C.linear_add(_plain(y), _rows(x), handles, tenant_ids)
+    _C.linear_add(_plain(y), as_rows(x), handles, tenant_ids)
 
 
 def _linear_transposed(
     dy: T, signs: list[T], rows: list[T], columns: list[T], tenant_ids: T, n_columns: int
 ) -> T:
+    if cuda.is_on_gpu(dy):
+        found = torch_cuda.deltas_of(signs, rows, _columns(columns, signs), n_columns)
+        return cuda.linear_transposed(as_rows(dy), found, tenant_ids)
     return run_linear_transposed(dy, _all_handles(signs, rows, columns, n_columns), tenant_ids, n_columns)
 
 
 def run_linear_transposed(dy: T, handles: list[_C.Delta], tenant_ids: Ids, n_columns: int) -> T:
     threads.sync()
-    dy = _rows(dy)
+    dy = as_rows(dy)
     out = dy.new_empty(dy.shape[0], n_columns)
     _C.linear_transposed(out, dy, handles, tenant_ids)
     return out
@@ -164,9 +175,13 @@ def _linear_backward(
     wants_columns: bool,
     delta_in_dx: bool,
 ) -> tuple[T, list[T], list[T]]:
-    threads.sync()
-    dy, x = _rows(dy), _rows(x)
     some = _columns(columns, signs)
+    if cuda.is_on_gpu(x):
+        found = torch_cuda.deltas_of(signs, rows, some, x.shape[1])
+        wants = wants_dx, wants_rows, wants_columns
+        return torch_cuda.linear_backward(dy, x, weight, found, tenant_ids, *wants, delta_in_dx)
+    threads.sync()
+    dy, x = as_rows(dy), as_rows(x)
     drows = [torch.zeros_like(row) if wants_rows else torch.empty(0) for row in rows]
     dcolumns = [torch.zeros_like(column) if wants_columns else torch.empty(0) for column in columns]
     delta_dx, left = None, tenant_ids
@@ -359,6 +374,7 @@ def _register() -> None:
     }
     for name, (kernel, fake) in kernels.items():
         _library.impl(name, kernel, "CPU")
+        _library.impl(name, kernel, "CUDA")
         torch.library.register_fake(f"bitdelta::{name}", fake, lib=_library)
     for name, backward, setup in (
         ("linear", _backward_linear, _setup_linear),

@@ -14,7 +14,8 @@ import torch
 from . import cuda
 from .cuda import is_on_gpu
 from .delta import Delta
-from .operators import Ids, T, run_linear, run_linear_add, run_linear_transposed
+from .operators import Ids, T, as_rows, run_linear, run_linear_add, run_linear_transposed
+from .torch_cuda import as_torch_on
 from .torch_delta import TorchDelta, as_torch
 
 __all__ = ["TorchDelta", "as_torch", "linear", "linear_add", "linear_transposed"]
@@ -56,13 +57,14 @@ def linear(
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if _is_plain(flat) and not _needs_gradient(flat, weight, bias, deltas):
         if is_on_gpu(flat):
-            y = cuda.linear(flat, weight, deltas, tenant_ids, bias, precision)
+            plain_bias = None if bias is None else bias.detach()
+            y = cuda.linear(as_rows(flat), weight, deltas, tenant_ids, plain_bias, precision)
         else:
             handles = [delta.handle for delta in deltas]
             y = run_linear(flat, weight, bias, handles, tenant_ids, precision)
     else:
         y = torch.ops.bitdelta.linear(
-            flat, weight, bias, *_parts(deltas), _as_ids(tenant_ids), precision, delta_in_dx
+            flat, weight, bias, *_parts(deltas, flat), _as_ids(tenant_ids), precision, delta_in_dx
         )
     return y if flat is x else y.view(*x.shape[:-1], y.shape[1])
 
@@ -85,15 +87,17 @@ def linear_add(
     """
     flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     if _needs_gradient(flat_x, flat_y, None, deltas):
-        new = torch.ops.bitdelta.linear_sum(flat_y, flat_x, *_parts(deltas), _as_ids(tenant_ids), delta_in_dx)
+        new = torch.ops.bitdelta.linear_sum(
+            flat_y, flat_x, *_parts(deltas, flat_x), _as_ids(tenant_ids), delta_in_dx
+        )
         return new.view(y.shape)
     if _is_plain(flat_x):
         if is_on_gpu(flat_x):
-            cuda.linear_add(flat_y, flat_x, deltas, tenant_ids)
+            cuda.linear_add(flat_y.detach(), as_rows(flat_x), deltas, tenant_ids)
         else:
             run_linear_add(flat_y, flat_x, [delta.handle for delta in deltas], tenant_ids)
     else:
-        torch.ops.bitdelta.linear_add(flat_y, flat_x, *_parts(deltas), _as_ids(tenant_ids))
+        torch.ops.bitdelta.linear_add(flat_y, flat_x, *_parts(deltas, flat_x), _as_ids(tenant_ids))
     return flat_y.view(y.shape)
 
 
@@ -112,9 +116,12 @@ def linear_transposed(dy: T, deltas: Sequence[Delta | TorchDelta], tenant_ids: I
         raise ValueError("deltas: expected at least one, got none")
     flat, K = dy.reshape(-1, dy.shape[-1]), deltas[0].shape[1]
     if _is_plain(flat) and not _needs_gradient(flat, None, None, deltas):
-        g = run_linear_transposed(flat, [delta.handle for delta in deltas], tenant_ids, K)
+        if is_on_gpu(flat):
+            g = cuda.linear_transposed(as_rows(flat), deltas, tenant_ids)
+        else:
+            g = run_linear_transposed(flat, [delta.handle for delta in deltas], tenant_ids, K)
     else:
-        g = torch.ops.bitdelta.linear_transposed(flat, *_parts(deltas), _as_ids(tenant_ids), K)
+        g = torch.ops.bitdelta.linear_transposed(flat, *_parts(deltas, flat), _as_ids(tenant_ids), K)
     return g.view(*dy.shape[:-1], K)
 
 
@@ -142,10 +149,10 @@ def _needs_gradient(x: T, weight: T | None, bias: T | None, deltas: Sequence[Any
     return False
 
 
-def _parts(deltas: Sequence[Delta | TorchDelta]) -> tuple[list[T], list[T], list[T]]:
+def _parts(deltas: Sequence[Delta | TorchDelta], like: T) -> tuple[list[T], list[T], list[T]]:
     """signs, rows, columns of the operators."""
-    found = [as_torch(delta) for delta in deltas]
-    columns = []
+    found = [as_torch_on(delta, like) for delta in deltas]
+    columns: list[T] = []
     if any(delta.column is not None for delta in found):
         columns = [_NONE if delta.column is None else delta.column for delta in found]
     return [delta.sign for delta in found], [delta.row for delta in found], columns

@@ -340,6 +340,7 @@ module_exec(PyObject *module)
         (PyTypeObject *)PyType_FromModuleAndSpec(module, &cuda_deltas_spec, NULL);
     if (state->cuda_deltas_type == NULL || PyModule_AddType(module, state->cuda_deltas_type) < 0 ||
         PyModule_AddFunctions(module, cuda_product_functions) < 0 ||
+        PyModule_AddFunctions(module, cuda_gradient_functions) < 0 ||
         PyModule_AddFunctions(module, cuda_delta_functions) < 0) {
         return -1;
     }

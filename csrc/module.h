@@ -85,9 +85,10 @@ extern PyMethodDef byte_functions[];      /* py_bytes.c: to_float32, crc32c, crc
 extern PyMethodDef cuda_functions[];      /* py_cuda.c: cuda_missing, cuda_is_emulated, cuda_expand,
                                            * cuda_quantize */
 #if BITDELTA_CUDA_KIND
-extern PyType_Spec cuda_deltas_spec;         /* cuda_deltas.c */
-extern PyMethodDef cuda_product_functions[]; /* py_cuda_linear.c */
-extern PyMethodDef cuda_delta_functions[];   /* py_cuda_delta.c: cuda_extract */
+extern PyType_Spec cuda_deltas_spec;          /* cuda_deltas.c */
+extern PyMethodDef cuda_product_functions[];  /* py_cuda_linear.c */
+extern PyMethodDef cuda_gradient_functions[]; /* py_cuda_gradient.c */
+extern PyMethodDef cuda_delta_functions[];    /* py_cuda_delta.c: cuda_extract */
 #endif
 
 /* A Delta object's view, or NULL with TypeError when object is not a Delta of this module. */

@@ -210,6 +210,8 @@ PyMethodDef cuda_functions[] = {
     {"cuda_plan", (PyCFunction)(void (*)(void))refuse, METH_FASTCALL, NULL},
     {"cuda_linear", (PyCFunction)(void (*)(void))refuse, METH_FASTCALL, NULL},
     {"cuda_extract", (PyCFunction)(void (*)(void))refuse, METH_FASTCALL, NULL},
+    {"cuda_linear_transposed", (PyCFunction)(void (*)(void))refuse, METH_FASTCALL, NULL},
+    {"cuda_row_gradient", (PyCFunction)(void (*)(void))refuse, METH_FASTCALL, NULL},
     {"cuda_position", (PyCFunction)(void (*)(void))refuse, METH_FASTCALL, NULL},
 #endif
     {NULL, NULL, 0, NULL},

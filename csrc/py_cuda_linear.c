@@ -7,19 +7,19 @@
 
 /* ---- workspace ---- */
 
-#define N_OPERATIONS 3
+#define N_OPERATIONS 4
 
 PyDoc_STRVAR(workspace_doc,
              "cuda_workspace_bytes($module, operation, /, *sizes)\n--\n\n"
              "plan M, T; linear M, K, T, n_parts, planes, has_columns; extract N, K, form (0 "
              "tensor, 1 row,\n"
-             "2 rank1).");
+             "2 rank1); gradient M, N, K, T, planes.");
 
 static PyObject *
 py_cuda_workspace_bytes(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
-    static const char *const names[] = {"plan", "linear", "extract"};
-    static const int n_sizes[] = {2, 6, 3};
+    static const char *const names[] = {"plan", "linear", "extract", "gradient"};
+    static const int n_sizes[] = {2, 6, 3, 5};
     int64_t n[6] = {0};
     int at = 0;
     if (check_n_arguments("cuda_workspace_bytes", nargs, 1, 7) < 0) {
@@ -30,8 +30,8 @@ py_cuda_workspace_bytes(PyObject *Py_UNUSED(module), PyObject *const *args, Py_s
         at++;
     }
     if (at == N_OPERATIONS) {
-        PyErr_Format(PyExc_ValueError, "operation: expected plan, linear or extract, got %R",
-                     args[0]);
+        PyErr_Format(PyExc_ValueError,
+                     "operation: expected plan, linear, extract or gradient, got %R", args[0]);
         return NULL;
     }
     if (check_n_arguments("cuda_workspace_bytes", nargs, n_sizes[at] + 1, n_sizes[at] + 1) < 0) {
@@ -47,6 +47,8 @@ py_cuda_workspace_bytes(PyObject *Py_UNUSED(module), PyObject *const *args, Py_s
         n_bytes = bd_cuda_plan_bytes(n[0], n[1]);
     } else if (at == 1) {
         n_bytes = bd_cuda_linear_workspace_bytes(n[0], n[1], n[2], (int)n[3], (int)n[4], n[5] != 0);
+    } else if (at == 3) {
+        n_bytes = bd_cuda_gradient_workspace_bytes(n[0], n[1], n[2], n[3], (int)n[4]);
     } else {
         n_bytes = bd_cuda_extract_workspace_bytes(n[0], n[1], (bd_scale_form)(n[2] % 3));
     }

@@ -265,7 +265,7 @@ def test_without_gradients_the_bits_are_those_of_bitdelta_linear(dtype, rows):
 def test_both_ways_to_the_kernels_give_the_same_bits():
     base, deltas = make_deltas()
     x, ids = torch.randn(21, K), torch.arange(21) % 5 - 1
-    parts = ops._parts(deltas)
+    parts = ops._parts(deltas, x)
     with torch.no_grad():
         direct = ops.linear(x, base, None, deltas, ids)
         assert torch.equal(torch.ops.bitdelta.linear(x, base, None, *parts, ids), direct)
@@ -417,7 +417,8 @@ def test_inference_mode_and_recomputed_activations():
 
 def test_the_operators_pass_opcheck():
     base, deltas = make_deltas()
-    x, ids, parts = torch.randn(5, K, requires_grad=True), torch.arange(5) % 5 - 1, ops._parts(deltas)
+    x, ids = torch.randn(5, K, requires_grad=True), torch.arange(5) % 5 - 1
+    parts = ops._parts(deltas, x)
     bias = torch.randn(N, requires_grad=True)
     torch.library.opcheck(torch.ops.bitdelta.linear, (x, base, bias, *parts, ids))
     torch.library.opcheck(

@@ -131,6 +131,73 @@ def test_public_functions_go_to_the_gpu_of_their_tensors(gpu, routed, rng, monke
     assert calls == ["cuda_linear"] * 3 + ["cuda_extract", "cuda_expand"]
 
 
+def test_transposed_products_have_the_bits_of_the_cpu(gpu, rng):
+    deltas = some_deltas(rng)
+    dy = tensor(rng.normal(size=(6, N)), "bfloat16", "torch")
+    ids = [2, 0, -1, 1, 2, 0]
+    expected = bitdelta.linear_transposed(dy, deltas, ids)
+    got = cuda.linear_transposed(gpu(dy), deltas, ids).cpu()
+    assert np.array_equal(bits(got), bits(expected))
+    assert not got[2].any()
+
+
+def leaves(deltas, put):
+    """Deltas whose scales are trained."""
+    found = []
+    for delta in deltas:
+        sign, row = torch.from_numpy(delta.sign.view(np.int32)), torch.from_numpy(delta.scale.copy())
+        column = None if delta.column is None else torch.from_numpy(delta.column.copy())
+        column = None if column is None else put(column).requires_grad_()
+        found.append(ops.TorchDelta(put(sign), put(row).requires_grad_(), column, delta.shape))
+    return found
+
+
+@pytest.mark.parametrize("with_weight", [False, True])
+def test_gradients_are_those_of_the_cpu(gpu, rng, monkeypatch, with_weight):
+    deltas, ids = some_deltas(rng), torch.tensor([1, 0, 1, -1, 2, 1, 2])
+    x, dy = rows(rng, len(ids)), torch.from_numpy(rng.normal(size=(len(ids), N)).astype(np.float32))
+    weight = tensor(rng.normal(size=(N, K)), "float32", "torch") if with_weight else None
+    results = []
+    for where, put in (("", lambda values: values), ("emulated", gpu)):
+        monkeypatch.setenv("BITDELTA_DEVICE", where)
+        trained = leaves(deltas, put)
+        given = put(x.clone()).requires_grad_()
+        y = ops.linear(given, None if weight is None else put(weight), None, trained, put(ids))
+        y.backward(put(dy))
+        scales = [each for delta in trained for each in (delta.row, delta.column) if each is not None]
+        results.append([y.detach().cpu(), given.grad.cpu(), *(scale.grad.cpu() for scale in scales)])
+    (y, dx, *scales), (got_y, got_dx, *got_scales) = results
+    assert torch.allclose(got_y, y, rtol=1e-5, atol=1e-4)
+    assert torch.allclose(got_dx, dx, rtol=1e-5, atol=1e-4)
+    assert len(scales) == 4
+    for got, expected in zip(got_scales, scales, strict=True):
+        assert expected.abs().max() > 0
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_operators_take_parameters_and_any_strides(gpu, routed, rng):
+    deltas, ids = some_deltas(rng), [0, 1, -1, 2]
+    x, bias = gpu(rows(rng, 4)), gpu(torch.randn(N)).requires_grad_()
+    weight = gpu(torch.randn(N, K)).requires_grad_()
+    strided = x.T.contiguous().T
+    with torch.no_grad():
+        expected = ops.linear(x, weight, bias, deltas, ids)
+        assert torch.equal(ops.linear(strided, weight, bias, deltas, ids), expected)
+        y = gpu(torch.zeros(4, N))
+        assert torch.equal(ops.linear_add(y, strided, deltas, ids), ops.linear(x, None, None, deltas, ids))
+    assert torch.equal(ops.linear(strided, weight, bias, deltas, ids), expected)
+
+
+def test_a_changed_scale_is_seen_by_the_table_that_was_made(gpu, rng):
+    delta, x = leaves(some_deltas(rng)[:1], gpu)[0], gpu(rows(rng, 2))
+    before = cuda.linear(x, None, [delta], [0, 0])
+    with torch.no_grad():
+        delta.row.mul_(2)
+    assert torch.equal(cuda.linear(x, None, [delta], [0, 0]), 2 * before)
+    delta.row = delta.row.detach() * 2
+    assert torch.equal(cuda.linear(x, None, [delta], [0, 0]), 4 * before)
+
+
 def test_bad_memory_is_named(gpu, rng):
     deltas, x = some_deltas(rng), gpu(rows(rng, 3))
     with pytest.raises(ValueError, match="precision: expected 'fixed16' on a GPU, got 'float32'"):
