@@ -30,6 +30,7 @@ from .cli_parts import (
     shows_progress,
     summary,
 )
+from .cli_plot import plot
 from .cli_study import study
 from .errors import Error
 
@@ -250,6 +251,7 @@ def import_diff(
 app.command("eval", short_help="Measure a delta against its fine-tune.")(evaluate)
 app.command(short_help="Answer prompts of many fine-tunes.")(generate)
 app.command(short_help="Measure a claim on small models.")(study)
+app.command(short_help="Draw what was measured.")(plot)
 
 
 @app.command(short_help="Train a delta's scales by gradients.")
@@ -318,8 +320,7 @@ def bench(
     suite: Annotated[
         Suite,
         typer.Argument(
-            help="cpu: the kernels and files; io: packfile and compress only; model: decoding for many tenants; "
-            "calibrate: fitting against distillation."
+            help="cpu: kernels and files; io: files only; model: many tenants; calibrate: fitting against distillation."
         ),
     ] = Suite.cpu,
     shape: Annotated[

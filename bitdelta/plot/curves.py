@@ -1,0 +1,323 @@
+"""Curves of reports that commands print with --json: `study`, `bench model`, `bench cpu`, `distill`, `info`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .style import COLOURS, axes, finish, line_style, whole_ticks
+
+Report = Mapping[str, Any]
+METRICS = {  # of a study's row: label with its unit, factor
+    "logit_mse": ("logit MSE against the fine-tune", 1.0),
+    "kl": ("KL divergence (nats per token)", 1.0),
+    "perplexity": ("perplexity per token", 1.0),
+    "recovered": ("loss gap recovered (%)", 100.0),
+    "top1": ("same likeliest token as the fine-tune (%)", 100.0),
+}
+TEXTS = ("code", "prose")
+PLANES = re.compile(r"(\d+), (.+)")
+REFERENCES = ("base", "fine-tune")
+MOST_MODELS = 64  # of a curve computed from sizes
+CASES = {
+    "merged": "a merged model each",
+    "deltas": "base + deltas, one batch",
+    "lora": "base + LoRA r={rank}, one batch",
+    "peft": "LoRA r={rank} by PEFT",
+    "plain": "the base alone",
+}
+
+
+def quality(report: Report, metric: str = "logit_mse", text: str = "code", ax: Any = None) -> Any:
+    """A study's metric against bits per weight, a line for each way to choose them; bars where all have the same.
+
+    Args:
+        report: of `bitdelta study planes`, `budget`, `goals`, or another study with pairs of models.
+        metric: "logit_mse", "kl", "perplexity", "recovered" or "top1".
+        text: "code" (what the fine-tune learnt) or "prose".
+        ax: matplotlib's axes; None: new ones.
+
+    Returns:
+        ax. Bars of error are the standard deviation over seeds.
+
+    Raises:
+        ValueError: no such metric or text, or a report without them.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+    if text not in TEXTS:
+        raise ValueError(f"text: expected 'code' or 'prose', got {text!r}")
+    found = [row for row in rows_of(report, "study") if metric in row.get(text, {})]
+    if not found:
+        raise ValueError(f"report: no row has {metric} on {text}")
+    ax = axes(ax)
+    series = _by_bits(found)
+    label, factor = METRICS[metric]
+    n = len(report.get("seeds", ()))
+    title = f"{report.get('title', 'study')} (held-out {text}; {n} seed{'s' * (n != 1)})"
+    if len({bits for points in series.values() for bits, _ in points}) < 2:
+        return _bars(ax, found, metric, text, label, factor, title)
+    for i, (name, points) in enumerate(series.items()):
+        points = sorted(points, key=lambda point: point[0])
+        values = [_mean(row[text][metric], factor) for _, row in points]
+        x = [bits for bits, _ in points]
+        ax.errorbar(
+            x, [m for m, _ in values], yerr=[s for _, s in values], label=name, capsize=2, **line_style(i)
+        )
+    _reference_lines(ax, found, metric, text, factor)
+    _logarithmic(ax, [row[text][metric]["mean"] for row in found if row["label"] not in REFERENCES])
+    return finish(ax, "bits per weight", label, title)
+
+
+def _by_bits(rows: Sequence[Report]) -> dict[str, list[tuple[float, Report]]]:
+    """Rows that say how many bits they take, by what else their label says; a row of 0 bits begins every line."""
+    series: dict[str, list[tuple[float, Report]]] = {}
+    zero = []
+    for row in rows:
+        planes = PLANES.fullmatch(row["label"])
+        bits = row.get("about", {}).get("bits")
+        if planes and int(planes[1]) == 0:
+            zero.append((0.0, row))
+        elif planes:
+            series.setdefault(planes[2], []).append((float(planes[1]), row))
+        elif bits:
+            name = "budget" if "budget" in row["label"] else "uniform planes and scales"
+            series.setdefault(name, []).append((float(bits["mean"]), row))
+    return {name: [*zero, *points] for name, points in series.items()}
+
+
+def _bars(
+    ax: Any, rows: Sequence[Report], metric: str, text: str, label: str, factor: float, title: str
+) -> Any:
+    shown = [row for row in rows if row["label"] != "fine-tune" or metric == "perplexity"]
+    values = [_mean(row[text][metric], factor) for row in shown]
+    is_log = _logarithmic(ax, [m for m, _ in values], "x")
+    for i, (row, (mean, spread)) in enumerate(zip(shown, values, strict=True)):
+        is_reference = row["label"] in REFERENCES
+        if is_log:  # where the length of a bar would say nothing
+            face = "white" if is_reference else COLOURS[0]
+            ax.errorbar(mean, i, xerr=spread, fmt="o", color=COLOURS[0], markerfacecolor=face, capsize=2)
+        else:
+            hatch = "///" if is_reference else ""
+            ax.barh(i, mean, xerr=spread, capsize=2, color="#9db8d6", edgecolor=COLOURS[0], hatch=hatch)
+        ax.annotate(
+            f"{mean:.3g}",
+            (mean + spread, i),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize="small",
+        )
+    ax.set_yticks(range(len(shown)), [row["label"] for row in shown])
+    ax.invert_yaxis()
+    low, high = ax.get_xlim()
+    ax.set_xlim(low, high * 2 if is_log else high * 1.12)  # room for the figures
+    finish(ax, label, "", title, legend=False)
+    ax.grid(False, axis="y")
+    return ax
+
+
+def _reference_lines(ax: Any, rows: Sequence[Report], metric: str, text: str, factor: float) -> None:
+    if metric == "perplexity":
+        for row in rows:
+            if row["label"] in REFERENCES:
+                dash = ":" if row["label"] == "base" else "--"
+                value = row[text][metric]["mean"] * factor
+                ax.axhline(value, color="black", linewidth=1, linestyle=dash, label=row["label"])
+
+
+def _mean(value: Report, factor: float) -> tuple[float, float]:
+    return value["mean"] * factor, value["spread"] * factor
+
+
+def _logarithmic(ax: Any, values: Sequence[float], axis: str = "y") -> bool:
+    """Where all are above 0 and the largest is 20 times the smallest or more."""
+    is_log = min(values) > 0 and max(values) >= 20 * min(values)
+    if is_log:
+        getattr(ax, f"set_{axis}scale")("log")
+    return is_log
+
+
+def memory(report: Report, ax: Any = None) -> Any:
+    """Bytes in memory against the number of models.
+
+    Args:
+        report: of `bitdelta bench model`, or of `bitdelta info`, whose sizes then give the curve: the base is taken
+            to be as large as the fine-tune.
+        ax: matplotlib's axes; None: new ones.
+
+    Returns:
+        ax.
+
+    Raises:
+        ValueError: another report.
+    """
+    if "finetuned_bytes" in report and "bytes" in report:
+        counts = [1 << i for i in range(MOST_MODELS.bit_length())]
+        whole, delta = report["finetuned_bytes"], report["bytes"]
+        lines = {
+            "a full model each": [(n, n * whole) for n in counts],
+            "base + a delta each": [(n, whole + n * delta) for n in counts],
+        }
+        title = "Memory of many fine-tunes, from the sizes of one"
+    else:
+        kinds = _cases(report, ("merged", "deltas", "lora", "peft"))
+        lines = {name: [(r["tenants"], r["bytes"]) for r in rows] for name, rows in kinds.items()}
+        title = f"Memory of many fine-tunes, {_whose(report)}"
+    most = max(value for points in lines.values() for _, value in points)
+    size, unit = next(
+        (size, unit) for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if most >= size
+    )
+    ax = axes(ax)
+    for i, (name, points) in enumerate(lines.items()):
+        ax.plot([n for n, _ in points], [value / size for _, value in points], label=name, **line_style(i))
+    _doubling(ax, lines)
+    ax.set_yscale("log")
+    return finish(ax, "number of models", f"memory ({unit})", title)
+
+
+def latency(report: Report, against: str | None = None, threads: int | None = None, ax: Any = None) -> Any:
+    """Time of a decoding step against tenants, or of a product against rows or the weight's size.
+
+    Args:
+        report: of `bitdelta bench model`, or of `bitdelta bench cpu`.
+        against: "tenants" for the former; "rows" (of one tenant) or "size" (output rows of the weight, one row of x)
+            for the latter.
+        threads: which of the runs of `bench cpu`; None: the one with the most.
+        ax: matplotlib's axes; None: new ones.
+
+    Returns:
+        ax. Bars of error are half the distance of the 20th and 80th percentiles.
+
+    Raises:
+        ValueError: another report, or something that it does not have.
+    """
+    is_model = report.get("suite") == "model"
+    allowed = ("tenants",) if is_model else ("rows", "size")
+    against = allowed[0] if against is None else against
+    if against not in allowed:
+        raise ValueError(f"against: expected one of {', '.join(allowed)} for this report, got {against!r}")
+    if is_model:
+        kinds = _cases(report, ("merged", "deltas", "lora", "peft", "plain"))
+        lines = {
+            n: [(r["tenants"], r["microseconds"], r["spread"]) for r in rows] for n, rows in kinds.items()
+        }
+        label, title = "tenants, a row each", f"A decoding step, {_whose(report)}"
+    else:
+        lines, label, title = _products(report, against, threads)
+    ax = axes(ax)
+    for i, (name, points) in enumerate(lines.items()):
+        x, y = [p[0] for p in points], [p[1] / 1e3 for p in points]
+        ax.errorbar(x, y, [p[1] * p[2] / 1e3 for p in points], label=name, capsize=2, **line_style(i))
+    if against == "size":
+        whole_ticks(ax, sorted({p[0] for points in lines.values() for p in points}))
+        ax.set_ylim(bottom=0)
+    else:
+        _doubling(ax, lines)
+        ax.set_yscale("log")
+    return finish(ax, label, "time (ms)", title)
+
+
+Points = list[tuple[int, float, float]]  # x, microseconds, spread
+
+
+def _products(report: Report, against: str, threads: int | None) -> tuple[dict[str, Points], str, str]:
+    """The dense product and the delta's, each by its fastest kernel."""
+    rows = [row for row in rows_of(report, "suite") if row.get("kind") in ("dense", "delta")]
+    if not rows:
+        raise ValueError("report: it has no products; expected one of `bitdelta bench cpu --json`")
+    used = sorted({row["threads"] for row in rows})
+    threads = used[-1] if threads is None else threads
+    if threads not in used:
+        raise ValueError(f"threads: expected one of {', '.join(map(str, used))}, got {threads}")
+    rows = [row for row in rows if row["threads"] == threads]
+    shapes = sorted({tuple(row["shape"]) for row in rows})
+    if against == "rows":
+        rows = [row for row in rows if tuple(row["shape"]) == shapes[0]]
+        title = f"A weight of {shapes[0][0]} x {shapes[0][1]}"
+    else:
+        rows = [row for row in rows if row["rows"] == 1]
+        title = "One row of x"
+    names = {"dense": "dense product, the fastest here", "delta": "1-bit delta's product"}
+    lines: dict[str, Points] = {}
+    for kind, name in names.items():
+        best: dict[int, tuple[int, float, float]] = {}
+        for row in rows:
+            x = row["rows"] if against == "rows" else row["shape"][0]
+            if row["kind"] == kind and (x not in best or row["microseconds"] < best[x][1]):
+                best[x] = x, row["microseconds"], row["spread"]
+        lines[name] = [best[x] for x in sorted(best)]
+    widths = ", ".join(str(k) for k in sorted({shape[1] for shape in shapes}))
+    label = (
+        "rows of x, all of one tenant"
+        if against == "rows"
+        else f"output rows of the weight (input columns: {widths})"
+    )
+    return lines, label, f"{title}, {threads} thread{'s' * (threads != 1)}"
+
+
+def _cases(report: Report, kinds: Sequence[str]) -> dict[str, list[Report]]:
+    """Name -> rows by falling importance, each sorted by tenants."""
+    found = [row for row in rows_of(report, "suite") if "tokens_per_second" in row and row["kind"] in kinds]
+    if not found:
+        raise ValueError("report: it has no tenants; expected one of `bitdelta bench model --json`")
+    found.sort(key=lambda row: (kinds.index(row["kind"]), row["rank"] or 0, row["tenants"]))
+    lines: dict[str, list[Report]] = {}
+    for row in found:
+        lines.setdefault(CASES[row["kind"]].format(rank=row["rank"]), []).append(row)
+    return lines
+
+
+def _whose(report: Report) -> str:
+    quick = " (--quick: figures mean nothing)" if report.get("quick") else ""
+    layers = report["layers"]
+    return f"{report['shape']} of {layers} layer{'s' * (layers != 1)}{quick}"
+
+
+def _doubling(ax: Any, lines: Mapping[str, Sequence[Sequence[Any]]]) -> None:
+    ax.set_xscale("log", base=2)
+    whole_ticks(ax, sorted({point[0] for points in lines.values() for point in points}))
+
+
+def loss(report: Report, ax: Any = None) -> Any:
+    """The training loss of a distillation against its steps, and the held-out loss before and after.
+
+    Args:
+        report: of `bitdelta distill`, or what `bitdelta.distill` returns.
+        ax: matplotlib's axes; None: new ones.
+
+    Returns:
+        ax.
+
+    Raises:
+        ValueError: a report without a curve.
+    """
+    curve = report.get("curve")
+    if not isinstance(curve, list) or not curve or not all(map(_is_number, curve)):
+        raise ValueError("report: it has no curve; expected one of `bitdelta distill --json`")
+    ax = axes(ax)
+    kind = {"mse": "MSE of the " + report.get("target", "logits"), "kl": "KL divergence (nats per token)"}
+    ax.plot(range(1, len(curve) + 1), curve, color=COLOURS[0], linewidth=1.2, label="training rows, each step")
+    ends = (("before", ":"), ("after", "--"))
+    for end, dash in ends:
+        value = report.get(f"held_out_{end}")
+        if value is not None:
+            ax.axhline(value, color="black", linestyle=dash, linewidth=1.2, label=f"held-out rows, {end}")
+    _logarithmic(ax, curve)
+    return finish(ax, "step", kind.get(report.get("loss", ""), "loss"), "Distillation of the scales")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def rows_of(report: Report, key: str) -> list[Report]:
+    """The rows of a study or a benchmark."""
+    rows = report.get("rows")
+    if key not in report or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(
+            f"report: expected one with {key!r} and 'rows', as --json prints it, got keys {sorted(report)}"
+        )
+    return rows

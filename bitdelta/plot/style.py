@@ -1,0 +1,70 @@
+"""Axes, and lines that stay apart without colour: each has a marker and a dash of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import Error
+
+COLOURS = (
+    "#1b4f8a",
+    "#c44e14",
+    "#2f7d4f",
+    "#6b3fa0",
+    "#8a6d1b",
+    "#444444",
+    "#1b8a86",
+    "#a03f6b",
+)  # dark on white
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 1, 2)))
+
+
+def axes(ax: Any) -> Any:
+    """The axes given, or those of a new figure.
+
+    Raises:
+        bitdelta.Error: matplotlib is missing.
+    """
+    if ax is not None:
+        return ax
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise missing(error) from error
+    return pyplot.subplots(layout="constrained")[1]
+
+
+def missing(error: ImportError) -> Error:
+    return Error(f"plots need matplotlib ({error}): pip install 'bitdelta[plot]'")
+
+
+def line_style(i: int) -> dict[str, Any]:
+    """Of the i-th line."""
+    n = i % len(COLOURS)
+    return {
+        "color": COLOURS[n],
+        "marker": MARKERS[n],
+        "linestyle": DASHES[n],
+        "markersize": 5,
+        "linewidth": 1.5,
+    }
+
+
+def finish(ax: Any, x: str, y: str, title: str, legend: bool = True) -> Any:
+    """Labels, a light grid and, with two lines or more, the legend."""
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.set_title(title, fontsize="medium", wrap=True)
+    ax.grid(True, color="#dddddd", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    if legend and len(ax.get_legend_handles_labels()[1]) > 1:
+        ax.legend(fontsize="small", frameon=False)
+    return ax
+
+
+def whole_ticks(ax: Any, values: list[int], labels: list[str] | None = None) -> None:
+    """A tick at each of these x, and none between."""
+    ax.set_xticks(values, labels or [str(value) for value in values])
+    ax.minorticks_off()
