@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .style import COLOURS, axes, finish, line_style, whole_ticks
+from .style import COLOURS, axes, finish, line_style, plain_log, whole_ticks
 
 Report = Mapping[str, Any]
 METRICS = {  # of a study's row: label with its unit, factor
@@ -67,7 +67,8 @@ def quality(report: Report, metric: str = "logit_mse", text: str = "code", ax: A
             x, [m for m, _ in values], yerr=[s for _, s in values], label=name, capsize=2, **line_style(i)
         )
     _reference_lines(ax, found, metric, text, factor)
-    _logarithmic(ax, [row[text][metric]["mean"] for row in found if row["label"] not in REFERENCES])
+    if _spans([row[text][metric]["mean"] for row in found if row["label"] not in REFERENCES]):
+        plain_log(ax, "y")
     return finish(ax, "bits per weight", label, title)
 
 
@@ -93,7 +94,7 @@ def _bars(
 ) -> Any:
     shown = [row for row in rows if row["label"] != "fine-tune" or metric == "perplexity"]
     values = [_mean(row[text][metric], factor) for row in shown]
-    is_log = _logarithmic(ax, [m for m, _ in values], "x")
+    is_log = _spans([mean for mean, _ in values])
     for i, (row, (mean, spread)) in enumerate(zip(shown, values, strict=True)):
         is_reference = row["label"] in REFERENCES
         if is_log:  # where the length of a bar would say nothing
@@ -112,6 +113,8 @@ def _bars(
         )
     ax.set_yticks(range(len(shown)), [row["label"] for row in shown])
     ax.invert_yaxis()
+    if is_log:
+        ax.set_xscale("log")
     low, high = ax.get_xlim()
     ax.set_xlim(low, high * 2 if is_log else high * 1.12)  # room for the figures
     finish(ax, label, "", title, legend=False)
@@ -132,12 +135,9 @@ def _mean(value: Report, factor: float) -> tuple[float, float]:
     return value["mean"] * factor, value["spread"] * factor
 
 
-def _logarithmic(ax: Any, values: Sequence[float], axis: str = "y") -> bool:
-    """Where all are above 0 and the largest is 20 times the smallest or more."""
-    is_log = min(values) > 0 and max(values) >= 20 * min(values)
-    if is_log:
-        getattr(ax, f"set_{axis}scale")("log")
-    return is_log
+def _spans(values: Sequence[float]) -> bool:
+    """Whether a log scale shows more: all above 0, the largest 20 times the smallest or more."""
+    return min(values) > 0 and max(values) >= 20 * min(values)
 
 
 def memory(report: Report, ax: Any = None) -> Any:
@@ -163,7 +163,7 @@ def memory(report: Report, ax: Any = None) -> Any:
         }
         title = "Memory of many fine-tunes, from the sizes of one"
     else:
-        kinds = _cases(report, ("merged", "deltas", "lora", "peft"))
+        kinds = _cases(report, ("merged", "deltas", "lora"))
         lines = {name: [(r["tenants"], r["bytes"]) for r in rows] for name, rows in kinds.items()}
         title = f"Memory of many fine-tunes, {_whose(report)}"
     most = max(value for points in lines.values() for _, value in points)
@@ -174,7 +174,7 @@ def memory(report: Report, ax: Any = None) -> Any:
     for i, (name, points) in enumerate(lines.items()):
         ax.plot([n for n, _ in points], [value / size for _, value in points], label=name, **line_style(i))
     _doubling(ax, lines)
-    ax.set_yscale("log")
+    plain_log(ax, "y")
     return finish(ax, "number of models", f"memory ({unit})", title)
 
 
@@ -216,7 +216,7 @@ def latency(report: Report, against: str | None = None, threads: int | None = No
         ax.set_ylim(bottom=0)
     else:
         _doubling(ax, lines)
-        ax.set_yscale("log")
+        plain_log(ax, "y")
     return finish(ax, label, "time (ms)", title)
 
 
@@ -299,13 +299,16 @@ def loss(report: Report, ax: Any = None) -> Any:
         raise ValueError("report: it has no curve; expected one of `bitdelta distill --json`")
     ax = axes(ax)
     kind = {"mse": "MSE of the " + report.get("target", "logits"), "kl": "KL divergence (nats per token)"}
-    ax.plot(range(1, len(curve) + 1), curve, color=COLOURS[0], linewidth=1.2, label="training rows, each step")
+    ax.plot(
+        range(1, len(curve) + 1), curve, color=COLOURS[0], linewidth=1.2, label="training rows, each step"
+    )
     ends = (("before", ":"), ("after", "--"))
     for end, dash in ends:
         value = report.get(f"held_out_{end}")
         if value is not None:
             ax.axhline(value, color="black", linestyle=dash, linewidth=1.2, label=f"held-out rows, {end}")
-    _logarithmic(ax, curve)
+    if _spans(curve):
+        plain_log(ax, "y")
     return finish(ax, "step", kind.get(report.get("loss", ""), "loss"), "Distillation of the scales")
 
 

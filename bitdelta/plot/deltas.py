@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from ..packfile import Packfile
-from .style import COLOURS, DASHES, axes, finish, line_style
+from .style import COLOURS, DASHES, axes, finish, line_style, plain_log
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.(.+?)(?:\.weight)?$")
 ERRORS = {
-    "relative_error": "relative error of the change, ||d - d'|| / ||d||",
-    "output_error": "relative error of the layer's output, ||X(d - d')|| / ||Xd||",
+    "relative_error": "relative error of the change",
+    "output_error": "relative error of the output",
 }
-BINS = 60
+MOST_BINS = 60
 MOST_WRITTEN = 200  # cells that have their figure written on them
 
 
@@ -64,7 +64,14 @@ def layer_errors(packfile: Packfile, error: str | None = None, ax: Any = None) -
     for (layer, projection), value in cells.items():
         grid[projections.index(projection), layers.index(layer)] = value
     ax = axes(ax)
-    image = ax.imshow(grid, cmap="Greys", vmin=0, aspect="auto", interpolation="nearest")
+    image = ax.imshow(
+        grid,
+        cmap="Greys",
+        vmin=0,
+        vmax=1.25 * max(cells.values()) or 1.0,
+        aspect="auto",
+        interpolation="nearest",
+    )
     if grid.size <= MOST_WRITTEN:
         top = np.nanmax(grid)
         for (i, j), value in np.ndenumerate(grid):
@@ -113,13 +120,14 @@ def scales(packfile: Packfile, plane: int = 0, ax: Any = None) -> Any:
         raise ValueError(f"plane: expected one that a tensor has a scale above 0 in, got {plane}")
     low = min(values.min() for values in joined.values())
     high = max(values.max() for values in joined.values())
-    edges = np.geomspace(low * 0.999, high * 1.001, BINS + 1)
+    fewest = min(map(len, joined.values()))
+    edges = np.geomspace(low * 0.999, high * 1.001, min(MOST_BINS, 8 + int(fewest**0.5)) + 1)
     ax = axes(ax)
     for i, (name, values) in enumerate(joined.items()):
         share = 100 * np.histogram(values, edges)[0] / len(values)
         n = i % len(COLOURS)
         ax.stairs(share, edges, label=name, color=COLOURS[n], linestyle=DASHES[n], linewidth=1.4)
-    ax.set_xscale("log")
+    plain_log(ax, "x")
     planes = (
         f" of plane {plane + 1}" if any(e.get("planes", 1) > 1 for e in packfile.entries.values()) else ""
     )
@@ -170,7 +178,7 @@ def variance(changes: Mapping[str, np.ndarray], ax: Any = None) -> Any:
         style = line_style(i)
         ranks = np.arange(1, len(share) + 1)
         at = min(equal, len(share))
-        ax.plot(ranks, 100 * share, label=f"{name} (1 bit: r = {at})", **{**style, "marker": ""})
+        ax.plot(ranks, 100 * share, label=f"{name} (r = {at})", **{**style, "marker": ""})
         ax.plot(
             [at],
             [100 * share[at - 1]],
@@ -185,5 +193,5 @@ def variance(changes: Mapping[str, np.ndarray], ax: Any = None) -> Any:
     ax.set_xticks(ticks, [str(tick) for tick in ticks])
     ax.minorticks_off()
     ax.set_ylim(0, 103)
-    title = "What a low rank of the change explains (marks: the bytes of 1 bit)"
+    title = "What a low rank of the change explains (marks: as many bytes as 1 bit)"
     return finish(ax, "rank r", "explained variance of the change (%)", title)

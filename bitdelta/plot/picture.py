@@ -31,7 +31,7 @@ PICTURES = {
 }
 SUFFIXES = ("png", "svg", "pdf")
 SIZE = (6.4, 4.0)  # inches
-DPI = 150
+DPI = 120
 LARGEST = 1 << 26  # bytes of a report
 MOST_LINES = 7  # of variance, where no tensor is named
 

@@ -18,6 +18,7 @@ COLOURS = (
 )  # dark on white
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 1, 2)))
+MOST_INSIDE = 4  # lines whose legend is inside the picture
 
 
 def axes(ax: Any) -> Any:
@@ -59,7 +60,10 @@ def finish(ax: Any, x: str, y: str, title: str, legend: bool = True) -> Any:
     ax.grid(True, color="#dddddd", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
-    if legend and len(ax.get_legend_handles_labels()[1]) > 1:
+    count = len(ax.get_legend_handles_labels()[1])
+    if legend and count > MOST_INSIDE:
+        ax.legend(fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    elif legend and count > 1:
         ax.legend(fontsize="small", frameon=False)
     return ax
 
@@ -68,3 +72,16 @@ def whole_ticks(ax: Any, values: list[int], labels: list[str] | None = None) -> 
     """A tick at each of these x, and none between."""
     ax.set_xticks(values, labels or [str(value) for value in values])
     ax.minorticks_off()
+
+
+def plain_log(ax: Any, name: str) -> None:
+    """Makes the axis "x" or "y" logarithmic, with plain numbers at 1, 2 and 5 where it spans few decades."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    getattr(ax, f"set_{name}scale")("log")
+    axis = getattr(ax, f"{name}axis")
+    low, high = axis.get_view_interval()
+    if 0 < low and high / low < 300:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())

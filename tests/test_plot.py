@@ -1,0 +1,254 @@
+"""Pictures: what is on the axes is what was given; commands write whole files, and name what they cannot draw."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib", reason="matplotlib is part of the plot extra")
+
+from folders import changed, weights, write_checkpoint
+from matplotlib.figure import Figure
+
+import bitdelta
+from bitdelta import plot
+from bitdelta.cli import main
+from bitdelta.plot.deltas import equal_rank, explained, place
+
+
+@pytest.fixture
+def ax():
+    return Figure(layout="constrained").subplots()
+
+
+def score(value):
+    return {"logit_mse": {"mean": value, "spread": value / 10, "values": [value] * 2}}
+
+
+def planes_report():
+    labels = {
+        "base": 8.0,
+        "fine-tune": 0.0,
+        "0, linears of the base": 4.0,
+        "1, a": 1.0,
+        "2, a": 0.1,
+        "1, b": 0.5,
+        "2, b": 0.05,
+    }
+    rows = [{"label": label, "code": score(value)} for label, value in labels.items()]
+    return {"study": "planes", "title": "planes", "seeds": [0, 1], "rows": rows}
+
+
+def model_report():
+    rows = [
+        {"kind": kind, "rank": 0, "tenants": n, "microseconds": us * n, "bytes": n * size}
+        for kind, us, size in (("merged", 2e3, 3e9), ("deltas", 1e3, 1e9))
+        for n in (1, 2, 4)
+    ]
+    rows = [{**row, "spread": 0.1, "tokens_per_second": 1.0} for row in rows]
+    rows.append({"kind": "load", "microseconds": 1.0, "times": 2.0})
+    return {"suite": "model", "quick": False, "shape": "s", "layers": 2, "rows": rows}
+
+
+def cpu_report():
+    rows = [
+        {"kind": kind, "threads": 1, "shape": [n, 8], "rows": m, "microseconds": us * m, "spread": 0.0}
+        for kind, us in (("dense", 900.0), ("dense", 800.0), ("delta", 100.0))
+        for n in (16, 32)
+        for m in (1, 4)
+    ]
+    return {"suite": "cpu", "rows": rows}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A base, its fine-tune and a delta of two planes."""
+    root, rng = tmp_path_factory.mktemp("plot"), np.random.default_rng(0)
+    names = [
+        f"model.layers.{i}.{part}.weight" for i in (0, 1) for part in ("mlp.up_proj", "self_attn.q_proj")
+    ]
+    base = {name: weights(rng, (32, 64)) for name in names}
+    tuned = {name: changed(rng, weight) for name, weight in base.items()}
+    write_checkpoint(root / "base", base)
+    write_checkpoint(root / "tuned", tuned)
+    bitdelta.compress(root / "base", root / "tuned", root / "delta", planes=2)
+    return root
+
+
+def line(ax, label):
+    """x and y of the line or the bars of error with this label."""
+    handles, labels = ax.get_legend_handles_labels()
+    handle = handles[labels.index(label)]
+    handle = handle[0] if isinstance(handle, tuple) else handle
+    return np.array(handle.get_xdata()).tolist(), np.array(handle.get_ydata()).tolist()
+
+
+def test_quality_has_a_line_for_each_way_and_begins_at_no_bits(ax):
+    assert plot.quality(planes_report(), ax=ax) is ax
+    assert line(ax, "a") == ([0, 1, 2], [4.0, 1.0, 0.1]) and line(ax, "b") == ([0, 1, 2], [4.0, 0.5, 0.05])
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("bits per weight", "logit MSE against the fine-tune")
+    assert ax.get_yscale() == "log" and "2 seeds" in ax.get_title()
+
+
+def test_quality_of_rows_of_the_same_bits_is_a_figure_a_row(ax):
+    rows = [
+        {"label": label, "code": score(value)}
+        for label, value in (("base", 2.0), ("x", 0.5), ("fine-tune", 0.0))
+    ]
+    plot.quality({"study": "s", "seeds": [0], "rows": rows}, ax=ax)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["base", "x"]
+    assert [text.get_text() for text in ax.texts] == ["2", "0.5"]
+    assert [bar.get_width() for bar in ax.patches] == [2.0, 0.5] and ax.patches[0].get_hatch()
+
+
+def test_memory_is_in_the_unit_that_fits(ax):
+    plot.memory(model_report(), ax=ax)
+    assert line(ax, "a merged model each") == ([1, 2, 4], [3, 6, 12])
+    assert line(ax, "base + deltas, one batch") == ([1, 2, 4], [1, 2, 4])
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("number of models", "memory (GB)")
+
+
+def test_memory_from_the_sizes_of_one_delta(ax):
+    plot.memory({"bytes": 100, "finetuned_bytes": 1600}, ax=ax)
+    x, y = line(ax, "base + a delta each")
+    assert x[-1] == 64 and y[-1] == (1600 + 64 * 100) / 1e3 and ax.get_ylabel() == "memory (kB)"
+
+
+def test_latency_against_tenants_rows_and_size(ax):
+    plot.latency(model_report(), ax=ax)
+    assert line(ax, "a merged model each") == ([1, 2, 4], [2, 4, 8])
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("tenants, a row each", "time (ms)")
+    for against, x in (("rows", [1, 4]), ("size", [16, 32])):  # of the dense products the fastest
+        other = plot.latency(cpu_report(), against, ax=Figure().subplots())
+        found = line(other, "dense product, the fastest here")
+        assert (
+            found == (x, [0.8, 3.2] if against == "rows" else [0.8, 0.8])
+            and other.get_ylabel() == "time (ms)"
+        )
+
+
+def test_loss_has_the_curve_and_the_held_out_ends(ax):
+    report = {"curve": [3.0, 2.0, 1.0], "loss": "kl", "held_out_before": 3.5, "held_out_after": 1.5}
+    plot.loss(report, ax=ax)
+    assert line(ax, "training rows, each step") == ([1, 2, 3], [3, 2, 1])
+    assert line(ax, "held-out rows, after")[1] == [1.5, 1.5]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("step", "KL divergence (nats per token)")
+
+
+def test_layer_errors_are_those_of_the_delta(folders, ax):
+    packfile = bitdelta.load(folders / "delta")
+    plot.layer_errors(packfile, ax=ax)
+    grid = ax.images[0].get_array()
+    rows = [label.get_text() for label in ax.get_yticklabels()]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "1"] and grid.shape == (2, 2)
+    for name, entry in packfile.entries.items():
+        layer, projection = place(name)
+        assert grid[rows.index(projection), layer] == entry["relative_error"]
+    with pytest.raises(ValueError, match="has a output_error"):
+        plot.layer_errors(packfile, "output_error", Figure().subplots())
+
+
+def test_scales_of_a_projection_are_shares_of_its_rows(folders, ax):
+    plot.scales(bitdelta.load(folders / "delta"), 1, ax)
+    handles, labels = ax.get_legend_handles_labels()
+    assert sorted(labels) == ["mlp.up_proj", "self_attn.q_proj"] and "plane 2" in ax.get_title()
+    assert all(np.isclose(handle.get_data().values.sum(), 100) for handle in handles)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("scale (change of a weight)", "share of rows (%)")
+    with pytest.raises(ValueError, match="plane: expected one"):
+        plot.scales(bitdelta.load(folders / "delta"), 2, Figure().subplots())
+
+
+def test_variance_of_a_low_rank_ends_at_its_rank(ax, rng):
+    d = rng.normal(size=(16, 3)) @ rng.normal(size=(3, 40))
+    share = explained(d)
+    assert share.shape == (16,) and share[1] < 0.999 and np.allclose(share[2:], 1)
+    size = np.linalg.svd(d, compute_uv=False) ** 2
+    assert np.allclose(share, np.cumsum(size) / size.sum())
+    plot.variance({"lora": d}, ax=ax)
+    r = equal_rank(16, 40)
+    assert line(ax, f"lora (r = {r})")[1] == (100 * share).tolist()
+    assert ax.lines[1].get_xdata() == [r] and ax.get_ylabel() == "explained variance of the change (%)"
+    assert 4 * (16 + 40) * r // 2 <= 16 * 40 // 8 + 4 * 16
+    with pytest.raises(ValueError, match="other than 0"):
+        plot.variance({"none": np.zeros((2, 2))}, ax=Figure().subplots())
+
+
+def test_every_picture_is_written_by_the_command(folders, tmp_path, capsys):
+    reports = {
+        "planes": planes_report(),
+        "model": model_report(),
+        "loss": {"curve": [2.0, 1.0], "loss": "mse"},
+    }
+    for name, report in reports.items():
+        (tmp_path / name).write_text(json.dumps(report))
+    delta = str(folders / "delta")
+    cases = {
+        "quality": [tmp_path / "planes"], "memory": [delta], "latency": [tmp_path / "model"],
+        "loss": [tmp_path / "loss"],
+        "layer-errors": [delta], "scales": [delta], "variance": [folders / "base", folders / "tuned"],
+    }  # fmt: skip
+    for name, inputs in cases.items():
+        out = tmp_path / "new" / f"{name}.svg"
+        assert (
+            main(["plot", name, *map(str, inputs), "--out", str(out), "--title", f"T {name}", "--json"]) == 0
+        ), name
+        report = json.loads(capsys.readouterr().out)
+        assert report["title"] == f"T {name}" and report["x"] and report["series"]
+        assert report["bytes"] == out.stat().st_size and "<svg" in out.read_text()
+    assert {path.suffix for path in (tmp_path / "new").iterdir()} == {".svg"}
+    before = out.read_bytes()
+    assert main(["plot", name, *map(str, inputs), "--out", str(out), "--title", f"T {name}"]) == 0
+    assert out.read_bytes() == before  # the same input, the same bytes
+
+
+def test_a_failed_write_leaves_what_was_there(folders, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "x.png"
+    out.write_bytes(b"old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("bitdelta.plot.picture.os.replace", fail)
+    assert main(["plot", "scales", str(folders / "delta"), "--out", str(out)]) == 2
+    assert "disk full" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"] and out.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    {
+        "picture": (["nothing", "a", "--out", "x.png"], "plot: expected one of quality, memory"),
+        "no out": (["loss", "a"], "out: expected --out FILE"),
+        "suffix": (["loss", "a", "--out", "x.gif"], "out: expected a file that ends in .png, .svg, .pdf, got 'x.gif'"),
+        "inputs": (["loss", "a", "b", "--out", "x.png"], "input: expected one report or delta for loss, got 2"),
+        "missing": (["loss", "a", "--out", "x.png"], "a: no such file"),
+        "text": (["loss", "text", "--out", "x.png"], "text: not JSON"),
+        "list": (["loss", "list", "--out", "x.png"], "list: expected a JSON object, got list"),
+        "other": (["loss", "other", "--out", "x.png"], "other: report: it has no curve"),
+        "rows": (["quality", "other", "--out", "x.png"], "other: report: expected one with 'study' and 'rows'"),
+        "shape": (["memory", "half", "--out", "x.png"], "half: not a report that memory can draw"),
+        "option": (["loss", "a", "--plane", "1", "--out", "x.png"], "plane: it is an option of scales, not of loss"),
+        "metric": (["quality", "other", "--metric", "f1", "--out", "x.png"], "metric: expected one of logit_mse"),
+    }.values(),
+)  # fmt: skip
+def test_what_cannot_be_drawn_is_named(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (
+        ("text", "{"),
+        ("list", "[]"),
+        ("other", "{}"),
+        ("half", '{"suite":"model","rows":[{"tokens_per_second":1}]}'),
+    ):
+        (tmp_path / name).write_text(text)
+    assert main(["plot", *arguments]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "x.png").exists()
+
+
+def test_without_matplotlib_the_error_says_what_to_install(folders, tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(bitdelta.Error, match=r"pip install 'bitdelta\[plot\]'"):
+        plot.loss({"curve": [1.0]})
+    assert main(["plot", "scales", str(folders / "delta"), "--out", str(tmp_path / "x.png")]) == 2
+    assert "pip install 'bitdelta[plot]'" in capsys.readouterr().err
