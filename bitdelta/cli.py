@@ -111,8 +111,7 @@ def compress(
     ] = None,
     fit: Annotated[Fit, typer.Option(help="What is fitted to it.")] = Fit.signs,
     budget: Annotated[
-        float | None,
-        typer.Option(metavar="BITS", help="Bits per parameter: forms chosen by errors on the text."),
+        float | None, typer.Option(metavar="BITS", help="Bits per parameter, spent by errors on the text.")
     ] = None,
     quantized_base: Annotated[
         Quantized | None,
