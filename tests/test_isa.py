@@ -201,7 +201,7 @@ def test_base_products_of_every_set_are_near_the_generic_ones(rng, compare, m, d
 
 
 def build_probe(folder, compiler, *flags):
-    border = ("module", "py_", "tensor")
+    border = ("module", "py_", "tensor", "cuda_")
     sources = [path for path in sorted((ROOT / "csrc").glob("*.c")) if not path.name.startswith(border)]
     command = [compiler, "-std=c11", "-O0", "-I", ROOT / "csrc", *flags, "-o", folder / "probe"]
     command += [ROOT / "tests" / "isa_probe.c", *sources, "-pthread", "-lm"]
