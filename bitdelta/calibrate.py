@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .array import to_float32
+from .calibration_text import HELD_OUT, LENGTH, N_TOKENS, read_tokens
 from .checkpoint import Checkpoint, open_checkpoint
 from .delta import Delta
 from .errors import BaseMismatchError, Error
@@ -41,8 +42,6 @@ from .residual import Sums, relative, sample, squared_errors
 from .spend import record
 from .table import table
 
-HELD_OUT = 8  # one row of so many
-N_TOKENS, LENGTH = 16384, 128
 KEPT = ("base_crc32c", "fingerprint", "tied_to", "effect")  # of an entry
 
 
@@ -126,37 +125,6 @@ def _check_finetuned(packfile: Packfile, target: Checkpoint) -> None:
             raise BaseMismatchError(
                 f"{name}: {entry['shape']} in the delta, {got} in {target.root}; it was made from another fine-tune"
             )
-
-
-def read_tokens(
-    text: Any, target: Checkpoint, n_tokens: int = N_TOKENS, length: int = LENGTH, seed: int = 0
-) -> NDArray[np.int64]:
-    """Rows of the text in the fine-tune's tokens; `calibrate` holds the last eighth of them out."""
-    from .text import load_tokens
-
-    try:
-        from transformers import AutoTokenizer
-        from transformers.utils import logging
-    except ImportError as error:
-        raise Error(
-            f"calibration needs PyTorch and transformers ({error}): pip install 'bitdelta[torch]'"
-        ) from error
-    logging.set_verbosity_error()
-    tokenizer = None
-    if text is None or isinstance(text, (str, os.PathLike)):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(target.root, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            first = str(error).strip().split("\n")[0][:120]
-            raise Error(
-                f"{target.root}: calibration needs its tokenizer, which does not load: {first}"
-            ) from error
-    tokens = load_tokens(text, tokenizer, n_tokens, length, seed)
-    if len(tokens) < 2:
-        raise ValueError(
-            f"text: {tokens.size} tokens are too few: two rows of {tokens.shape[1]} are the least"
-        )
-    return tokens
 
 
 def _key(
@@ -257,7 +225,7 @@ class _Run:
             if group[0].is_stack:
                 self._fit_stack(group[0])
                 continue
-            inputs, held_out = _inputs(group[0], 0)
+            inputs, held_out = group[0].inputs(0)
             for weight in group:
                 if inputs is None:
                     self._keep(weight.name)
@@ -282,7 +250,7 @@ class _Run:
         chosen, kept = [], []
         total = [[0.0, 0.0], [0.0, 0.0]]  # before and after: wrong, of all
         for e, plain in enumerate(plains):
-            inputs, held_out = _inputs(weight, e)
+            inputs, held_out = weight.inputs(e)
             best = plain
             if inputs is not None:
                 best, sums = self._chosen(name, before[e], after[e], plain, inputs, held_out, False)
@@ -415,17 +383,6 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
     yield ""
     rows = [[t["name"], f"{t['before']:.4f}", f"{t['after']:.4f}"] for t in report["tensors"]]
     yield from table(("tensor", ">before", ">after"), rows, "error of the output on text held out, relative")
-
-
-def _inputs(weight: Any, e: int) -> tuple[Inputs | None, F32 | None]:
-    """Of its e-th matrix: H, and the rows held out; None where no row reaches it, or none that is held out."""
-    collected = weight.collected[e]
-    if not collected.held_out or getattr(collected, "n_rows", 1) == 0:
-        return None, None
-    try:
-        return collected.inputs(), np.concatenate(collected.held_out)
-    except ValueError:
-        raise ValueError(f"{weight.name}: NaN or Inf in the activations that reach it") from None
 
 
 def _rounded(error: float | None) -> float | None:

@@ -90,6 +90,20 @@ class Weight:
     def __init__(self, name: str, collected: Sequence[Collected], is_turned: bool, is_stack: bool) -> None:
         self.name, self.collected, self.is_turned, self.is_stack = name, collected, is_turned, is_stack
 
+    def inputs(self, e: int) -> tuple[Inputs | None, F32 | None]:
+        """Of its e-th matrix: H, and the rows held out; None where no row reaches it, or none that is held out.
+
+        Raises:
+            ValueError: NaN or Inf in them.
+        """
+        collected = self.collected[e]
+        if not collected.held_out or getattr(collected, "n_rows", 1) == 0:
+            return None, None
+        try:
+            return collected.inputs(), np.concatenate(collected.held_out)
+        except ValueError:
+            raise ValueError(f"{self.name}: NaN or Inf in the activations that reach it") from None
+
 
 class Stop(Exception):
     """The forward pass has gone as far as it is needed."""

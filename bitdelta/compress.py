@@ -20,14 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from . import _C, threads
+from . import _C
 from .array import flat_bytes
 from .checkpoint import Checkpoint, open_checkpoint
+from .compress_report import counts, written
 from .delta import FORMS, Delta, extract_with_checksum
 from .folder import refuse_existing, refuse_full, refuse_inside
-from .forms import Plan, packable, packed_bytes, parameters, plan_tensors, stored_bytes
-from .info import UNIT, info
-from .packfile import PACKED, Packfile, load
+from .forms import Plan, packable, packed_bytes, plan_tensors, stored_bytes
+from .info import UNIT
+from .packfile import PACKED
 from .packfile_writer import PackfileWriter, header_room
 from .progress import progress_bar
 from .residual import relative, sample
@@ -129,14 +130,14 @@ def _pack(
             key=_key(plans, prints, (source, target)),
             budget=None if budget is None else {"bits": budget},
         ) as writer,
-        progress_bar("compress", sum(map(_read_bytes, plans)), progress) as bar,
+        progress_bar("compress", sum(plan.read_bytes for plan in plans), progress) as bar,
     ):
         for plan in plans:
             if plan.name not in writer.entries:
                 _add(writer, plan, prints.get(plan.name))
-            bar.update(_read_bytes(plan))
+            bar.update(plan.read_bytes)
     del maps
-    return _report(plans, absent, out_dir, time.perf_counter() - start)
+    return written(plans, absent, out_dir, time.perf_counter() - start)
 
 
 def _calibrated(
@@ -298,10 +299,6 @@ def _key(plans: list[Plan], prints: dict[str, str], checkpoints: tuple[Checkpoin
     return {"version": __version__, "inputs": hashlib.sha256(json.dumps(about).encode()).hexdigest()}
 
 
-def _read_bytes(plan: Plan) -> int:
-    return plan.finetuned.nbytes + (plan.base.nbytes if plan.base is not None else 0)
-
-
 def _size(plans: list[Plan], base: Checkpoint) -> int:
     """Bytes of the delta: its tensors' with the file's header, and those of delta_config.json, about."""
     header = header_room(base, {plan.name: plan.entry for plan in plans})
@@ -332,11 +329,11 @@ def _estimate(
     packed = [plan for plan in plans if "planes" in plan.entry]
     if budget is not None:
         size += int(sum(budget * packable(plan.entry) / 8 - packed_bytes(plan) for plan in packed))
-    read = sum(map(_read_bytes, plans))
+    read = sum(plan.read_bytes for plan in plans)
     report = {
         "dry_run": True,
         "out": str(out_dir),
-        **_counts(plans, absent),
+        **counts(plans, absent),
         "bytes": size,
         "finetuned_bytes": total,
         "factor": total / size if size else None,
@@ -345,7 +342,7 @@ def _estimate(
         "read_bytes": read,
     }
     if packed:
-        report["seconds"] = round(read * _seconds_per_byte(max(packed, key=_read_bytes)), 3)
+        report["seconds"] = round(read * _seconds_per_byte(max(packed, key=lambda plan: plan.read_bytes)), 3)
     return report
 
 
@@ -359,49 +356,3 @@ def _seconds_per_byte(plan: Plan) -> float:
     start = time.perf_counter()
     _extract(plan, "", before, after)
     return (time.perf_counter() - start) / (before.nbytes + after.nbytes)
-
-
-def _counts(plans: list[Plan], absent: list[str]) -> dict[str, Any]:
-    extra = [plan.name for plan in plans if plan.base is None and plan.entry["form"] != "tied"]
-    return {
-        "tensors": len(plans),
-        "parameters": sum(parameters(plan.entry) for plan in plans),
-        "extra": extra,
-        "absent": absent,
-    }
-
-
-def _report(
-    plans: list[Plan], absent: list[str], out_dir: str | os.PathLike[str], seconds: float
-) -> dict[str, Any]:
-    """What `info` reads back from the folder, without the table of tensors, and how long it took."""
-    found = info(out_dir)
-    errors = [tensor for tensor in found["tensors"] if tensor["relative_error"] is not None]
-    worst = max(errors, key=lambda tensor: tensor["relative_error"], default=None)
-    read = sum(map(_read_bytes, plans))
-    return {
-        "out": str(out_dir),
-        **_counts(plans, absent),
-        "forms": found["forms"],
-        "bytes": found["bytes"],
-        "finetuned_bytes": found["finetuned_bytes"],
-        "bits_per_parameter": found["bits_per_parameter"],
-        "factor": found["factor"],
-        "unit": found["unit"],
-        "relative_error": _relative_error(plans, load(out_dir)),
-        "largest_error": None if worst is None else f"{worst['name']} {worst['relative_error']:.4f}",
-        "threads": threads.get_num_threads(),
-        "seconds": round(seconds, 3),
-        "gb_per_second": round(read / seconds / 1e9, 3),
-    }
-
-
-def _relative_error(plans: list[Plan], packfile: Packfile) -> float | None:
-    """Over all tensors with signs, and those left as in the base, from the sample that each entry's error is of."""
-    wrong = total = 0.0
-    for plan in plans:
-        if plan.base is not None and packfile.entries[plan.name].get("relative_error") is not None:
-            value: Any = packfile[plan.name]
-            sums = sample(plan.base.array(), plan.finetuned.array(), value)
-            wrong, total = wrong + sums[0], total + sums[1]
-    return relative((wrong, total)) if total else None

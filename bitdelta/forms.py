@@ -51,6 +51,11 @@ class Plan:
         """Bytes that the packfile needs for it, at most."""
         return sum(map(spec_bytes, keys_of(self.name, self.entry).values()))
 
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of both weights."""
+        return self.finetuned.nbytes + (self.base.nbytes if self.base is not None else 0)
+
 
 def plan_tensors(
     base: Checkpoint, finetuned: Checkpoint, planes: int, scale: str, whole: Sequence[str]

@@ -52,7 +52,7 @@ def spend(
     Raises:
         ValueError: too few bits; what `calibrate` raises.
     """
-    from .calibrate import HELD_OUT, read_tokens
+    from .calibration_text import HELD_OUT, read_tokens
     from .measure import measure
 
     packed = {plan.name: plan for plan in plans if plan.entry["form"] in PACKED}
