@@ -28,6 +28,7 @@ import torch
 from .answers import Sample, Teacher, answers, record
 from .errors import whole_number
 from .merged_model import load_model
+from .progress import progress_bar
 from .refusals import Refusals, refusals_of
 from .requirement import METRICS
 from .table import table
@@ -89,7 +90,7 @@ def evaluate(
     n_rows = max(1, n_tokens // whole_number(length, "length", 2, 1 << 24))
     tenants = _tenants(base, deltas, finetuned)
     prompts = None if refusals is None else Refusals(refusals, max_new_tokens)
-    run = Run(base, batch_size, dtype, device, prompts, _bar(progress))
+    run = Run(base, batch_size, dtype, device, prompts, progress_bar("eval", None, progress, "row"))
     with run.bar:
         for group in _groups(tenants):
             _measure(run, group, lambda tokenizer: Sample(*load_rows(text, tokenizer, n_rows, length, seed)))
@@ -315,12 +316,6 @@ def _ratio(total: float, count: float) -> float | None:
 
 def _exp(value: float | None) -> float | None:
     return None if value is None or value > 700 else math.exp(value)
-
-
-def _bar(progress: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(desc="eval", unit="row", disable=not progress)
 
 
 def describe(report: dict[str, Any]) -> list[str]:
