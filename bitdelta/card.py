@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from .forms import parameters, stored_bytes
-from .info import FORMS, describe_budget, shown_form
+from .info import FORMS, describe_budget, shown_form, spread
 
+QUALITY = {
+    "relative_error": "Relative error of the packed tensors' changes, on a sample of rows",
+    "output_error": "Relative error of what they add to their layers' outputs, on text held out",
+}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -50,6 +54,10 @@ def model_card(config: dict[str, Any], delta_bytes: int) -> str:
             count = sum(map(parameters, group))
             how = description + (f", planes: {', '.join(map(str, planes))}" if planes else "")
             lines.append(f"| {len(group)} | {count:,} | {how} |")
+    packed = [entry for entry in entries if "planes" in entry]
+    for key, about in QUALITY.items():
+        if said := spread(packed, key):
+            lines += ["", f"{about}: {said}."]
     if "budget" in config:
         named = [_text(name) for name in config["budget"]["too_large"]]
         lines += ["", *(f"- {line}" for line in describe_budget({**config["budget"], "too_large": named}))]
@@ -70,6 +78,12 @@ def _usage(base: Mapping[str, str | None], name: str) -> list[str]:
         "Back to a full checkpoint, which transformers loads:",
         "",
         f"    bitdelta merge {_text(name)} DELTA --out FOLDER",
+        "",
+        "Beside other fine-tunes of the base, in one batch:",
+        "",
+        f'    model = bitdelta.DeltaModel.from_pretrained("{_text(name)}")',
+        '    model.load_delta("NAME", "DELTA")',
+        '    model.generate(**batch, delta_names=["NAME", None])',
         "",
         "In Python, memory-mapped: `bitdelta.load(DELTA)`. The base must be the one named above; `bitdelta verify`",
         "checks that.",

@@ -102,6 +102,21 @@ class Delta:
     def __repr__(self) -> str:
         return f"Delta(shape={self.shape}, planes={self.planes}, form={self.form!r}, nbytes={self.nbytes})"
 
+    def _repr_html_(self) -> str:
+        from .display import panel, size
+
+        n, k = self.shape
+        scales = np.abs(self.scale)
+        facts = {
+            "shape": f"{n} x {k}",
+            "planes": str(self.planes),
+            "form": self.form,
+            "in memory": f"{size(self.nbytes)}, {8 * self.nbytes / max(n * k, 1):.2f} bits per weight",
+        }
+        if scales.size:
+            facts["scales"] = f"{scales.min():.3g} to {scales.max():.3g}, mean {scales.mean():.3g}"
+        return panel("Delta", facts)
+
     def __reduce__(self) -> Any:
         return _restore, (self.sign, self.scale, self.column, self.shape, self.form)
 

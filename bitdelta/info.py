@@ -10,12 +10,16 @@ tokenizer, the fine-tune has too.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 from .forms import parameters, stored_bytes
 from .table import table
+
+if TYPE_CHECKING:
+    from .packfile import Packfile
 
 FORMS = {
     "tensor": "signs, one scale per matrix",
@@ -74,6 +78,37 @@ def info(delta_dir: str | os.PathLike[str]) -> dict[str, Any]:
         **({} if packfile.budget is None else {"budget": packfile.budget}),
         "tensors": tensors,
     }
+
+
+def html(packfile: Packfile) -> str:
+    """What Jupyter shows: sizes, and for each form how much it holds and errs; the folder may be gone."""
+    from .display import panel, size
+
+    tensors = [_tensor(name, dict(entry)) for name, entry in packfile.entries.items()]
+    base = packfile.config.get("base") or {}
+    stored, whole = (sum(tensor[key] for tensor in tensors) for key in ("bytes", "finetuned_bytes"))
+    factor = f", {whole / stored:.1f} times smaller than the fine-tune" if stored else ""
+    facts = {
+        "base": str(base.get("id") or base.get("name") or "unknown"),
+        "tensors": f"{len(tensors)}, {sum(tensor['parameters'] for tensor in tensors):,} parameters",
+        "stored": f"{size(stored)}{factor}",
+    }
+    rows = []
+    for form, about in FORMS.items():
+        group = [tensor for tensor in tensors if tensor["form"] == form]
+        if group:
+            n_bytes = sum(tensor["bytes"] for tensor in group)
+            rows.append([about, str(len(group)), size(n_bytes), *(spread(group, key) for key in ERRORS)])
+    return panel(f"Packfile {packfile.root}", facts, ("form", "tensors", "bytes", *ERRORS.values()), rows)
+
+
+ERRORS = {"relative_error": "error of the change", "output_error": "error of the output"}
+
+
+def spread(entries: Sequence[Mapping[str, Any]], key: str) -> str:
+    """The median and the largest of an error, as text; nothing where no entry has it."""
+    values = [entry[key] for entry in entries if entry.get(key) is not None]
+    return f"median {median(values):.3f}, most {max(values):.3f}" if values else ""
 
 
 def delta_bytes(folder: Path) -> int:

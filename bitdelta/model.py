@@ -10,6 +10,7 @@ stores whole. Batches may run in several threads at once.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from .sources import tenant_from
 from .tenant import Tenant, TenantPool, unknown
 from .wrapped import Wrapped
 
+logger = logging.getLogger("bitdelta")
 BASE = "__base__"  # as in PEFT
 INPUTS = (
     "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values", "input_features",
@@ -131,12 +133,14 @@ class DeltaModel(nn.Module):  # type: ignore[misc]
             return tenant
 
         self.pool.load(name, make, pin)
+        logger.info("%s: loaded from %s", name, path)
         self.sources[name] = f"{path}@{revision}" if revision else os.fspath(path)
         self._size_vocabulary()
 
     def unload_delta(self, name: str) -> None:
         """Forgets a tenant. Error where a batch runs with it."""
         self.pool.unload(name)
+        logger.info("%s: unloaded", name)
         self.sources.pop(name, None)
         if self.active == name:
             self.active = None
@@ -228,6 +232,29 @@ class DeltaModel(nn.Module):  # type: ignore[misc]
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("model"), name)
+
+    def __repr__(self) -> str:
+        base = str(self.base.root)
+        return f"DeltaModel({type(self.model).__name__}, base={base!r}, deltas={self.deltas})"
+
+    def _repr_html_(self) -> str:
+        from .display import panel, size
+
+        resident = {tenant.name: tenant for tenant in self.pool.resident}
+        parameters = sum(parameter.nbytes for parameter in self.model.parameters())
+        facts = {
+            "base": str(self.base.root),
+            "its parameters": size(parameters),
+            "resident deltas": f"{len(resident)}, {size(sum(tenant.nbytes for tenant in resident.values()))}",
+        }
+        rows = []
+        for name, source in self.sources.items():
+            tenant = resident.get(name)
+            rows.append(
+                [name, source, *((tenant.kind, size(tenant.nbytes)) if tenant else ("", "not resident"))]
+            )
+        title = f"DeltaModel of {type(self.model).__name__}"
+        return panel(title, facts, ("delta", "from", "kind", "in memory"), rows)
 
     def coverage(self, name: str) -> dict[str, Any]:
         """How a tenant's parameters run beside other rows; see `bitdelta.coverage`."""

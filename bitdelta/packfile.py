@@ -163,7 +163,13 @@ class Packfile(Mapping[str, Any]):
         return name in self.entries
 
     def __repr__(self) -> str:
-        return f"Packfile({str(self.root)!r}, {len(self)} tensors)"
+        stored = sum(entry.get("bytes", 0) for entry in self.entries.values())
+        return f"Packfile({str(self.root)!r}, {len(self)} tensors, {stored:,} bytes)"
+
+    def _repr_html_(self) -> str:
+        from .info import html
+
+        return html(self)
 
     @property
     def quantized(self) -> str | None:
