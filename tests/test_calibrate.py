@@ -484,10 +484,16 @@ def test_memory_holds_a_layer_whatever_the_models_size(pairs, tmp_path):
         text=True,
         timeout=300,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        # Small freed arrays go back to the system at once, as large ones do: what malloc keeps is not counted.
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "MALLOC_MMAP_THRESHOLD_": "131072",
+        },
     )
     assert done.returncode == 0, done.stderr[-2000:]
     model = (
         1024 * int(done.stdout.split()[-1]) / (2 * os.path.getsize(deep / "finetuned" / "model.safetensors"))
     )
-    assert model < 0.5  # of the model in fp32
+    assert model < 0.35  # of the model in fp32
