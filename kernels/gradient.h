@@ -65,16 +65,7 @@ bd_look_at_block(const bd_gradient_job &job, int block)
     view.tenant = own->x;
     view.n_rows = own->y;
     view.place = block * BD_ROW_BLOCK;
-    view.delta.P = 0;
-    view.delta.sign = NULL;
-    view.delta.row = view.delta.column = NULL;
-    if (view.tenant >= 0) {
-        const volatile bd_cuda_delta *slot = job.deltas + view.tenant;
-        view.delta.sign = slot->sign;
-        view.delta.row = slot->row;
-        view.delta.column = slot->column;
-        view.delta.P = slot->P;
-    }
+    view.delta = bd_read_delta(job.deltas, view.tenant);
     view.is_lost =
         view.tenant == BD_LOST || bd_is_lost(view.delta, job.max_planes, job.has_columns);
     view.n_planes = view.is_lost ? 0 : static_cast<int>(view.delta.P);

@@ -119,16 +119,7 @@ bd_look(const bd_linear_job &job, const bd_walk &walk, const int4 *segments, int
     view.place = own->y;
     view.n_rows = own->z;
     view.tile = bd_find_tile(job, walk, column);
-    view.delta.P = 0;
-    view.delta.sign = NULL;
-    view.delta.row = view.delta.column = NULL;
-    if (view.tenant >= 0) {
-        const volatile bd_cuda_delta *slot = job.parts[view.tile.part].deltas + view.tenant;
-        view.delta.sign = slot->sign;
-        view.delta.row = slot->row;
-        view.delta.column = slot->column;
-        view.delta.P = slot->P;
-    }
+    view.delta = bd_read_delta(job.parts[view.tile.part].deltas, view.tenant);
     view.is_lost =
         view.tenant == BD_LOST || bd_is_lost(view.delta, job.max_planes, job.has_columns);
     view.n_planes = view.is_lost ? 0 : static_cast<int>(view.delta.P);

@@ -64,6 +64,24 @@ bd_is_lost(const bd_cuda_delta &delta, int max_planes, int has_columns)
     return delta.P < 0 || delta.P > max_planes || (delta.column != NULL && !has_columns);
 }
 
+/* The delta of a tenant; of none (negative) an empty one. Read anew at each call, whatever was read before. */
+static __device__ __forceinline__ bd_cuda_delta
+bd_read_delta(const bd_cuda_delta *deltas, int tenant)
+{
+    bd_cuda_delta delta;
+    delta.P = 0;
+    delta.sign = NULL;
+    delta.row = delta.column = NULL;
+    if (tenant >= 0) {
+        const volatile bd_cuda_delta *slot = deltas + tenant;
+        delta.sign = slot->sign;
+        delta.row = slot->row;
+        delta.column = slot->column;
+        delta.P = slot->P;
+    }
+    return delta;
+}
+
 /* quantize.cu: the rows of a plan, of x and, where has_columns, each delta's columns. */
 typedef struct {
     bd_matrix x;
