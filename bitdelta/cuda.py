@@ -23,8 +23,8 @@ import numpy as np
 
 from . import _C
 from .array import Tensor, aligned_empty, dtype_name, empty_like, is_torch, to_float32
-from .delta import FORMS, Delta, matrix_shape
-from .errors import DeviceError, whole_number
+from .delta import FORMS, Delta, extract_sizes, extracted, matrix_shape
+from .errors import DeviceError
 
 _EMULATED = _C.cuda_is_emulated()
 
@@ -309,12 +309,7 @@ def _base_product(x: Tensor, weight: Tensor) -> Tensor:
 def extract(base: Tensor, finetuned: Tensor, planes: int = 1, scale: str = "row") -> Delta:
     """As `bitdelta.extract`, on the GPU of base; the Delta's arrays are in the host's memory."""
     _require()
-    N, K = matrix_shape(base, "base")
-    if matrix_shape(finetuned, "finetuned") != (N, K):
-        raise ValueError(f"finetuned: expected {[N, K]} as base, got {list(finetuned.shape)}")
-    planes = whole_number(planes, "planes", 1, 8)
-    if scale not in FORMS:
-        raise ValueError(f"scale: expected 'tensor', 'row' or 'rank1', got {scale!r}")
+    N, K, planes = extract_sizes(base, finetuned, planes, scale)
     form = FORMS.index(scale)
     sign = _empty(base, (planes, -(-N // 16), 8 * -(-K // 256), 16), "uint32")
     row = _empty(base, (planes,) if scale == "tensor" else (planes, N), "float32")
@@ -325,12 +320,8 @@ def extract(base: Tensor, finetuned: Tensor, planes: int = 1, scale: str = "row"
     _raise_bad(int(bad[0]), K)
     signs = aligned_empty(tuple(sign.shape), np.uint32)
     signs[...] = _to_host(sign)
-    rows, columns = _to_host(row), None if column is None else _to_host(column)
-    if not (np.isfinite(rows).all() and (columns is None or np.isfinite(columns).all())):
-        raise ValueError("finetuned - base: expected scales within fp32, got one beyond")
-    if scale == "tensor":
-        rows = np.repeat(rows[:, None], N, axis=1)
-    return Delta(signs, rows, columns, (N, K), scale)
+    columns = None if column is None else _to_host(column)
+    return extracted(signs, _to_host(row), columns, (N, K), scale)
 
 
 def _raise_bad(bad: int, K: int) -> None:

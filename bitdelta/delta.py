@@ -172,22 +172,39 @@ def extract_with_checksum(base: Tensor, finetuned: Tensor, planes: int, scale: s
 def _extract(
     base: Tensor, finetuned: Tensor, planes: int, scale: str, checksum: bool
 ) -> tuple[Delta, int | None]:
+    N, K, planes = extract_sizes(base, finetuned, planes, scale)
+    threads.sync()
+    sign = aligned_empty((planes, -(-N // 16), 8 * -(-K // 256), 16), np.uint32)
+    row = np.empty(planes if scale == "tensor" else (planes, N), np.float32)
+    column = np.empty((planes, K), np.float32) if scale == "rank1" else None
+    crc = _C.extract(base, finetuned, planes, scale, sign, row, column, checksum)
+    return extracted(sign, row, column, (N, K), scale), crc
+
+
+def extract_sizes(base: Tensor, finetuned: Tensor, planes: int, scale: str) -> tuple[int, int, int]:
+    """N, K and P of an extraction, or the error that names the argument."""
     N, K = matrix_shape(base, "base")
     if matrix_shape(finetuned, "finetuned") != (N, K):
         raise ValueError(f"finetuned: expected {[N, K]} as base, got {list(finetuned.shape)}")
     planes = whole_number(planes, "planes", 1, 8)
     if scale not in FORMS:
         raise ValueError(f"scale: expected 'tensor', 'row' or 'rank1', got {scale!r}")
-    threads.sync()
-    sign = aligned_empty((planes, -(-N // 16), 8 * -(-K // 256), 16), np.uint32)
-    row = np.empty(planes if scale == "tensor" else (planes, N), np.float32)
-    column = np.empty((planes, K), np.float32) if scale == "rank1" else None
-    crc = _C.extract(base, finetuned, planes, scale, sign, row, column, checksum)
+    return N, K, planes
+
+
+def extracted(
+    sign: NDArray[np.uint32],
+    row: NDArray[np.float32],
+    column: NDArray[np.float32] | None,
+    shape: tuple[int, int],
+    scale: str,
+) -> Delta:
+    """The Delta of what a kernel has written; `row` is [P] for the form "tensor"."""
     if not (np.isfinite(row).all() and (column is None or np.isfinite(column).all())):
         raise ValueError("finetuned - base: expected scales within fp32, got one beyond")
     if scale == "tensor":
-        row = np.repeat(row[:, None], N, axis=1)
-    return Delta(sign, row, column, (N, K), scale), crc
+        row = np.repeat(row[:, None], shape[0], axis=1)
+    return Delta(sign, row, column, shape, scale)
 
 
 def matrix_shape(array: Tensor, name: str, letters: str = "[N, K]") -> tuple[int, int]:
