@@ -47,6 +47,12 @@ def cache_folder(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitdelta" / name
 
 
+def child_environment() -> dict[str, str]:
+    """The environment of a Python process that is to import this package, wherever it lies."""
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 def made_once(root: Path, name: str, about: Any, make: Callable[[Path], None]) -> Path:
     """ROOT/NAME-KEY, which `make` fills if it is not there; the key is a hash of `about` and of the versions.
 

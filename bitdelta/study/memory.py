@@ -12,13 +12,12 @@ the operating system may drop) among them; `private` is without those. Read from
 from __future__ import annotations
 
 import json
-import os
 import select
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ import numpy as np
 
 from .. import training
 from ..errors import Error
-from ..training import Log
+from ..training import Log, child_environment
 from .measure import Scores
 from .table import Column, rows_of
 
@@ -97,13 +96,17 @@ def _make(folder: Path, hidden: int, layers: int, seed: int) -> int:
 
 def _watch(case: str, folder: Path) -> dict[str, float]:
     """Runs a case in a child and watches its memory from outside."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, _paths()))}
     command = [sys.executable, "-m", "bitdelta.study.memory", case, str(folder)]
     errors = folder / "errors.txt"
     with (
         open(errors, "w") as stderr,
         subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=child_environment(),
         ) as child,
     ):
         try:
@@ -138,11 +141,6 @@ def _talk(case: str, child: subprocess.Popen[str], errors: Path) -> dict[str, fl
 def _last(errors: Path) -> str:
     """The end of what a child said, as one line."""
     return " ".join(errors.read_text().split())[-300:]
-
-
-def _paths() -> Iterator[str | None]:
-    yield str(Path(__file__).parents[2])
-    yield os.environ.get("PYTHONPATH")
 
 
 def _status(pid: int) -> dict[str, int]:

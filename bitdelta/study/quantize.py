@@ -11,7 +11,6 @@ rounded twice.
 from __future__ import annotations
 
 import importlib.util
-import os
 import subprocess
 import sys
 import tempfile
@@ -81,13 +80,7 @@ def _gptq(source: Path, tokens: Tokens, out: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix="bitdelta-gptq-") as folder:
         np.save(Path(folder, "tokens.npy"), tokens)
         command = [sys.executable, "-m", "bitdelta.study.gptq", source, Path(folder, "tokens.npy"), out]
-        package = str(Path(__file__).parents[2])
-        paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-        environment = {
-            "GPTQMODEL_CPU_WORKERS": "2",
-            **os.environ,
-            "PYTHONPATH": paths,
-        }  # it wants two at least
+        environment = {"GPTQMODEL_CPU_WORKERS": "2", **training.child_environment()}  # it wants two at least
         done = subprocess.run(
             list(map(str, command)), check=False, capture_output=True, text=True, env=environment, cwd=folder
         )
