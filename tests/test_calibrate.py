@@ -147,6 +147,16 @@ def test_weights_that_read_the_same_input_share_it(pairs):
     ]
 
 
+def merged_errors(root, tmp_path):
+    """The logit MSE of the delta that was given, and of the calibrated one at tmp_path / "out"."""
+    errors = []
+    for delta in (root / "delta", tmp_path / "out"):
+        merged = tmp_path / f"merged-{delta.name}"
+        bitdelta.merge(root / "base", delta, merged)
+        errors.append(np.square(logits(merged) - logits(root / "finetuned")).mean())
+    return errors
+
+
 @pytest.mark.parametrize("kind", DECODERS)
 @pytest.mark.parametrize("inputs", ["finetuned", "compressed"])
 def test_the_model_comes_closer_to_the_fine_tune(pairs, tmp_path, kind, inputs):
@@ -155,12 +165,8 @@ def test_the_model_comes_closer_to_the_fine_tune(pairs, tmp_path, kind, inputs):
     assert report["mode"] == "layer by layer" and report["fitted"] >= 8
     assert all(tensor["after"] <= tensor["before"] for tensor in report["tensors"])
     assert bitdelta.verify(tmp_path / "out", root / "base", root / "finetuned")["ok"]
-    errors = []
-    for delta in (root / "delta", tmp_path / "out"):
-        merged = tmp_path / f"merged-{delta.name}"
-        bitdelta.merge(root / "base", delta, merged)
-        errors.append(np.square(logits(merged) - logits(root / "finetuned")).mean())
-    assert errors[1] < 0.9 * errors[0]
+    before, after = merged_errors(root, tmp_path)
+    assert after < 0.9 * before
 
 
 def test_report_has_the_error_on_the_rows_held_out(pairs, tmp_path):
@@ -293,12 +299,8 @@ def test_experts_are_fitted(pairs, tmp_path, kind, is_stacked, inputs):
     assert wanted and set(expert) | set(report["kept"]) >= set(wanted)
     assert sum(t["after"] < t["before"] for t in expert.values()) > 0.7 * len(wanted)
     assert bitdelta.verify(tmp_path / "out", root / "base", root / "finetuned")["ok"]
-    errors = []
-    for delta in (root / "delta", tmp_path / "out"):
-        merged = tmp_path / f"merged-{delta.name}"
-        bitdelta.merge(root / "base", delta, merged)
-        errors.append(np.square(logits(merged) - logits(root / "finetuned")).mean())
-    assert errors[1] < 0.9 * errors[0]
+    before, after = merged_errors(root, tmp_path)
+    assert after < 0.9 * before
 
 
 def test_an_expert_that_no_row_reaches_keeps_its_signs_and_is_named(pairs, tmp_path):
