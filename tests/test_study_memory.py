@@ -57,6 +57,7 @@ def test_a_case_that_fails_says_why(tmp_path):
 
 
 def test_every_case_is_measured(monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")  # what is freed goes back: malloc keeps nothing
     cases = ("compress", "teacher", "distill, checkpointing")
     monkeypatch.setattr(memory, "CASES", {case: memory.CASES[case] for case in cases})
     report = study.run("memory", [0], "tiny")
@@ -65,5 +66,5 @@ def test_every_case_is_measured(monkeypatch):
     assert list(rows) == list(cases)
     assert all(row["peak"]["mean"] > 0 and row["seconds"]["mean"] > 0 for row in rows.values())
     private = [rows[case]["private"]["mean"] for case in cases]
-    assert private[2] < private[1]  # the teacher's child trains a step without checkpoints
+    assert private[0] < private[2] < private[1]  # the teacher's child trains a step without checkpoints
     assert "private MB" in "\n".join(study.describe(report))
