@@ -141,6 +141,18 @@ parse_int(PyObject *object, const char *name, int64_t least, int64_t most, int64
     return PyErr_Occurred() ? -1 : 0;
 }
 
+int
+parse_bool(PyObject *object, const char *name, int *out)
+{
+    if (!PyBool_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "%s: expected a bool, got %.80s", name,
+                     Py_TYPE(object)->tp_name);
+        return -1;
+    }
+    *out = object == Py_True;
+    return 0;
+}
+
 /* ---- threads ---- */
 
 PyDoc_STRVAR(set_num_threads_doc,

@@ -76,6 +76,9 @@ void raise_device_error(const char *format, ...);
 /* An int, least .. most; 0, or -1 with TypeError or ValueError that names the argument. */
 int parse_int(PyObject *object, const char *name, int64_t least, int64_t most, int64_t *out);
 
+/* 0, or -1 with TypeError: only True and False, as the truth of other objects may raise anything. */
+int parse_bool(PyObject *object, const char *name, int *out);
+
 /* One type and the functions of the module, by file. */
 extern PyType_Spec delta_spec;            /* py_delta.c */
 extern PyMethodDef delta_functions[];     /* py_delta.c: extract, expand */

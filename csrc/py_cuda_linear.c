@@ -194,9 +194,9 @@ py_cuda_linear(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     if (check_n_arguments("cuda_linear", nargs, 6, 6) < 0) {
         return NULL;
     }
-    const int add = PyObject_IsTrue(args[4]);
-    if (add < 0 || parse_int(args[3], "max_rows", 0, INT32_MAX, &job.max_rows) < 0 ||
-        cuda_begin(&call) < 0) {
+    int add = 0;
+    if (parse_bool(args[4], "add", &add) < 0 ||
+        parse_int(args[3], "max_rows", 0, INT32_MAX, &job.max_rows) < 0 || cuda_begin(&call) < 0) {
         return NULL;
     }
     job.x = cuda_matrix(state, &call, args[0], "x", TENSOR_INPUT, "[M, K]", ANY_SIZE, ANY_SIZE);

@@ -331,8 +331,9 @@ py_extract(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     if (check_n_arguments("extract", nargs, 8, 8) < 0) {
         return NULL;
     }
-    int checksum = PyObject_IsTrue(args[7]);
-    if (checksum < 0 || extraction_acquire(state, args, &job) < 0) {
+    int checksum = 0;
+    if (parse_bool(args[7], "checksum", &checksum) < 0 ||
+        extraction_acquire(state, args, &job) < 0) {
         goto done;
     }
     bd_context ctx = {0};

@@ -313,6 +313,8 @@ def _wrong():
     yield "extract", "form", "row", ValueError, ["column: expected None unless form is 'rank1'"]
     yield "extract", "form", "column", ValueError, ["form: expected 'tensor', 'row' or 'rank1', got 'column'"]
     yield "extract", "form", None, TypeError, ["form: expected str, got NoneType"]
+    yield "extract", "checksum", np.ones(2), TypeError, ["checksum: expected a bool, got numpy.ndarray"]
+    yield "extract", "checksum", 1, TypeError, ["checksum: expected a bool, got int"]
     yield "extract", "planes", 0, ValueError, ["planes: expected 1 .. 8, got 0"]
     yield "extract", "planes", 9, ValueError, ["planes: expected 1 .. 8, got 9"]
     yield "extract", "planes", 1.0, TypeError, ["planes: expected an int, got float"]
