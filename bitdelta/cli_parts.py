@@ -21,6 +21,9 @@ TEXT = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="Text, .jsonl, or a dataset's name; default: the text built in."),
 ]
+DEVICE = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Where PyTorch works: cpu (the default), cuda, cuda:1.")
+]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
