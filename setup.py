@@ -147,7 +147,7 @@ setup(
             undef_macros=["NDEBUG"] if sanitize else [],
             extra_compile_args=flags + warnings + systems + ["-pthread"],
             extra_link_args=["-pthread"] + ["-fsanitize=address,undefined"] * sanitize + kernels.libraries,
-            libraries=["m"],
+            libraries=["m", "dl"],
         )
     ],
 )

@@ -97,6 +97,37 @@ def cuda_extract(
     /,
 ) -> None: ...
 def cuda_position(bad: int, K: int, /) -> tuple[int, int, int]: ...  # row, column, in_base
+def cuda_open_blas(
+    name: str,  # of a library
+    is_loaded: bool,  # look among those that the process has loaded, only
+    /,
+) -> str | None: ...  # None once one is open; else why not
+def cuda_multiply(
+    out: Tensor,  # fp32 [M, N]
+    a: Tensor,  # [M, K]
+    b: Tensor,  # of the dtype of a: [K, N], or [N, K]
+    is_transposed: bool,
+    workspace: Tensor,
+    /,
+) -> None: ...
+def cuda_fit_signs(
+    d: Tensor,  # fp32 [N, K]
+    factor: Tensor | None,  # fp32 [K, K]
+    order: Tensor,  # int64 [K]; columns that do not exist are left out
+    row: Tensor,  # fp32 [P, N]
+    column: Tensor | None,  # fp32 [P, K]
+    sign: Tensor,  # out
+    workspace: Tensor,
+    /,
+) -> None: ...
+def cuda_sweep(
+    pull: Tensor,  # in and out: fp32 [N, K]
+    hessian: Tensor,  # fp32 [K, K], or its diagonal [K]
+    row: Tensor,  # fp32 [P, N]
+    column: Tensor | None,  # fp32 [P, K]
+    sign: Tensor,  # in and out
+    /,
+) -> None: ...
 def cuda_quantize(
     q: Tensor,  # out: int16 [M, K rounded up to 256]
     exponents: Tensor,  # out: int32 [M]; 2^31 - 1 where a number is not finite

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _C
+from . import _C, cublas
 from .array import Tensor, aligned_empty, dtype_name, empty_like, is_torch, to_float32
 from .delta import FORMS, Delta, extract_sizes, extracted, matrix_shape
 from .errors import DeviceError
@@ -197,8 +197,8 @@ def linear(
 ) -> Tensor:
     """As `bitdelta.linear`, on the GPU of x.
 
-    The delta's terms have the bits of the CPU. The base product is cuBLAS's (torch.mm) in fp32, before the one
-    rounding; where x and weight are of different dtypes both are converted to fp32 first.
+    The delta's terms have the bits of the CPU. The base product is cuBLAS's in fp32 (`multiply`), before the one
+    rounding.
 
     Args:
         deltas: a sequence of deltas, or what `table` made.
@@ -285,22 +285,42 @@ def _compact(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous() if is_torch(tensor) else tensor
 
 
-def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a b in fp32."""
-    if not is_torch(a):
-        return to_float32(a) @ to_float32(b)
-    torch = sys.modules["torch"]
-    a, b = a.detach(), b.detach()
-    if a.is_cuda and a.dtype == b.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
+def multiply(a: Tensor, b: Tensor, is_transposed: bool = False) -> Tensor:
+    """a b, or a b^T, by cuBLAS: fp32 [M, N], products and sums in fp32.
+
+    Args:
+        a: [M, K] of fp32, fp16 or bf16.
+        b: [K, N], or [N, K]; of another dtype than a, both are converted to fp32 first.
+
+    Raises:
+        DeviceError: no GPU, no cuBLAS, or a stream that is captured before the first product.
+    """
+    _require()
+    cublas.open_first()
+    if dtype_name(a, "a") != dtype_name(b, "b"):
+        a, b = (each.detach().float() if is_torch(each) else to_float32(each) for each in (a, b))
+    if is_torch(b) and b.stride(1) != 1 and b.stride(0) == 1:
+        b, is_transposed = b.T, not is_transposed
+    a, b = _rows(a), _rows(b)
+    out = _empty(a, (a.shape[0], b.shape[0] if is_transposed else b.shape[1]), "float32")
+    if a.shape[0]:
+        _C.cuda_multiply(out, a, b, is_transposed, _scratch(a, _C.cuda_workspace_bytes("multiply")))
+    return out
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """As cuBLAS takes it: columns contiguous, rows apart."""
+    if not is_torch(matrix):
+        return matrix
+    matrix = matrix.detach()
+    return matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()
 
 
 def _base_product(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T, fp32 [M, N]."""
     if matrix_shape(weight, "weight")[1] != x.shape[1]:
         raise ValueError(f"weight: expected K = {x.shape[1]} of x, got {list(weight.shape)}")
-    return multiply(x, weight.T if is_torch(x) else to_float32(weight).T)
+    return multiply(x, weight, is_transposed=True)
 
 
 # deltas

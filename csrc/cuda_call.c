@@ -6,10 +6,9 @@
 #include "cuda_call.h"
 
 int
-cuda_begin(cuda_call *call)
+cuda_require(void)
 {
     const char *missing = NULL;
-    *call = (cuda_call){0};
     Py_BEGIN_ALLOW_THREADS /* the first call loads the driver */
         missing = bd_gpu_missing();
     Py_END_ALLOW_THREADS
@@ -20,8 +19,8 @@ cuda_begin(cuda_call *call)
     return 0;
 }
 
-static tensor *
-acquire(module_state *state, cuda_call *call, PyObject *object, const char *name, int mode)
+const tensor *
+cuda_tensor(module_state *state, cuda_call *call, PyObject *object, const char *name, int mode)
 {
     tensor *view = &call->tensors[call->n_tensors];
     const tensor *first = &call->tensors[0];
@@ -43,12 +42,24 @@ cuda_matrix(module_state *state, cuda_call *call, PyObject *object, const char *
             const char *letters, int64_t n_rows, int64_t n_columns)
 {
     bd_matrix *matrix = &call->memory[call->n_tensors];
-    const tensor *view = acquire(state, call, object, name, mode);
+    const tensor *view = cuda_tensor(state, call, object, name, mode);
     if (view == NULL || tensor_to_matrix(view, name, letters, n_rows, n_columns, matrix) < 0 ||
         check_nonempty(matrix, name, letters) < 0) {
         return NULL;
     }
     return matrix;
+}
+
+int
+cuda_check_size(const bd_matrix *matrix, const char *name)
+{
+    if (matrix->n_rows <= BD_CUDA_MAX_ROWS && matrix->n_columns <= BD_CUDA_MAX_COLUMNS) {
+        return 0;
+    }
+    PyErr_Format(PyExc_ValueError, "%s: expected at most [%d, %d], got [%lld, %lld]", name,
+                 BD_CUDA_MAX_ROWS, BD_CUDA_MAX_COLUMNS, (long long)matrix->n_rows,
+                 (long long)matrix->n_columns);
+    return -1;
 }
 
 void *
@@ -57,7 +68,7 @@ cuda_block(module_state *state, cuda_call *call, PyObject *object, const char *n
            const int64_t *shape)
 {
     bd_matrix *memory = &call->memory[call->n_tensors];
-    const tensor *view = acquire(state, call, object, name, mode);
+    const tensor *view = cuda_tensor(state, call, object, name, mode);
     if (view == NULL || check_dtype(view, name, code, bits) < 0 ||
         check_shape(view, name, letters, ndim, shape) < 0 ||
         check_contiguous(view, name, alignment) < 0) {
@@ -87,7 +98,7 @@ cuda_vector(module_state *state, cuda_call *call, PyObject *object, const char *
             const void **data, bd_dtype *dtype)
 {
     bd_matrix *memory = &call->memory[call->n_tensors];
-    const tensor *view = acquire(state, call, object, name, TENSOR_INPUT);
+    const tensor *view = cuda_tensor(state, call, object, name, TENSOR_INPUT);
     if (view == NULL || check_shape(view, name, "[N]", 1, &n) < 0) {
         return -1;
     }
@@ -112,15 +123,16 @@ are_same(const bd_matrix *a, const bd_matrix *b)
            a->n_columns == b->n_columns && (a->row_stride == b->row_stride || a->n_rows == 1);
 }
 
-int
-cuda_check_apart(const cuda_call *call, int in_place)
+/* BufferError when an output shares memory with another tensor. */
+static int
+check_apart(const cuda_call *call)
 {
     for (int i = 0; i < call->n_tensors; i++) {
         if ((call->tensors[i].mode & TENSOR_OUTPUT) == 0) {
             continue;
         }
         for (int j = 0; j < call->n_tensors; j++) {
-            const int may_be_same = in_place && i + j == 1;
+            const int may_be_same = call->is_in_place && i + j == 1;
             if (i == j || (may_be_same && are_same(&call->memory[i], &call->memory[j]))) {
                 continue;
             }
@@ -147,10 +159,21 @@ extent_bytes(const tensor *view)
     return (size_t)(last + 1) * view->dtype.bits / 8;
 }
 
-bd_status
-cuda_enter(cuda_call *call)
+static void
+take_back(cuda_call *call)
 {
-    bd_status status = bd_gpu_enter(call->tensors[0].device, &call->before, &call->ctx.capability,
+    while (call->n_lent > 0) {
+        const tensor *view = &call->tensors[--call->n_lent];
+        bd_gpu_take_back(view->data, extent_bytes(view), (view->mode & TENSOR_OUTPUT) != 0);
+    }
+}
+
+/* Launches with the GPU as the thread's, and with the tensors lent to emulated kernels. */
+static bd_status
+launch(cuda_call *call, const cuda_function *function, void *job)
+{
+    int before = 0;
+    bd_status status = bd_gpu_enter(call->tensors[0].device, &before, &call->ctx.capability,
                                     &call->ctx.n_processors);
     if (status != BD_OK) {
         return status;
@@ -160,30 +183,48 @@ cuda_enter(cuda_call *call)
         status = bd_gpu_lend(view->data, extent_bytes(view), (view->mode & TENSOR_OUTPUT) != 0);
         call->n_lent += status == BD_OK;
     }
-    if (status != BD_OK) {
-        cuda_leave(call);
+    if (status == BD_OK) {
+        status = function->launch(call, job);
     }
+    take_back(call);
+    bd_gpu_leave(before);
     return status;
 }
 
-void
-cuda_leave(cuda_call *call)
-{
-    while (call->n_lent > 0) {
-        const tensor *view = &call->tensors[--call->n_lent];
-        bd_gpu_take_back(view->data, extent_bytes(view), (view->mode & TENSOR_OUTPUT) != 0);
-    }
-    bd_gpu_leave(call->before);
-}
-
-void
-cuda_end(cuda_call *call)
+static void
+release(cuda_call *call)
 {
     PyObject *pending = save_exception(); /* a deleter may run anything */
     while (call->n_tensors > 0) {
         tensor_release(&call->tensors[--call->n_tensors]);
     }
     restore_exception(pending);
+}
+
+PyObject *
+cuda_run(PyObject *module, const cuda_function *function, PyObject *const *args, Py_ssize_t nargs,
+         void *job)
+{
+    cuda_call call = {0};
+    PyObject *result = NULL;
+    if (check_n_arguments(function->name, nargs, function->n_arguments, function->n_arguments) <
+            0 ||
+        cuda_require() < 0) {
+        return NULL;
+    }
+    if (function->acquire(get_state(module), &call, args, job) == 0 && check_apart(&call) == 0) {
+        bd_status status = BD_OK;
+        Py_BEGIN_ALLOW_THREADS
+            status = launch(&call, function, job);
+        Py_END_ALLOW_THREADS
+        if (status == BD_ERR_CUDA && call.message[0] != '\0') {
+            raise_device_error("%s", call.message);
+        } else {
+            result = cuda_return_status(status);
+        }
+    }
+    release(&call);
+    return result;
 }
 
 PyObject *

@@ -112,6 +112,12 @@ put_table(cuda_deltas *self, const bd_cuda_delta *slots)
     bd_cuda_context ctx;
     int before = 0;
     bd_status status = BD_OK;
+    if (bd_gpu_is_captured(table->stream)) {
+        raise_device_error(
+            "deltas: their table is written and waited for, which cannot happen while "
+            "the stream is captured: make it before");
+        return -1;
+    }
     while (status == BD_OK && self->n_lent < self->n_tensors) {
         const tensor *view = &self->tensors[self->n_lent];
         status = bd_gpu_lend(view->data, lent_bytes(view), 0);
@@ -174,7 +180,6 @@ deltas_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     PyObject *table = NULL, *deltas = NULL, *n_rows = NULL, *n_columns = NULL;
     int64_t N = 0, K = 0;
-    cuda_call call;
     if (kwargs != NULL && PyDict_GET_SIZE(kwargs) > 0) {
         PyErr_SetString(PyExc_TypeError, "CudaDeltas: expected positional arguments only");
         return NULL;
@@ -182,7 +187,7 @@ deltas_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (!PyArg_ParseTuple(args, "OO!(OO):CudaDeltas", &table, &PyTuple_Type, &deltas, &n_rows,
                           &n_columns) ||
         parse_int(n_rows, "shape", 1, BD_CUDA_MAX_COLUMNS, &N) < 0 ||
-        parse_int(n_columns, "shape", 1, BD_CUDA_MAX_COLUMNS, &K) < 0 || cuda_begin(&call) < 0) {
+        parse_int(n_columns, "shape", 1, BD_CUDA_MAX_COLUMNS, &K) < 0 || cuda_require() < 0) {
         return NULL;
     }
     module_state *state = PyType_GetModuleState(type);

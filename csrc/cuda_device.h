@@ -26,6 +26,9 @@ void bd_gpu_leave(int before);
  * the stream is captured. */
 bd_status bd_gpu_put(void *to, const void *from, size_t n_bytes, void *stream);
 
+/* Whether what is launched on the stream is being recorded into a CUDA graph. */
+int bd_gpu_is_captured(void *stream);
+
 /* 1 when "device memory" is host memory, of which kernels may touch only what is lent to them. */
 int bd_gpu_is_emulated(void);
 

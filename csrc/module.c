@@ -353,6 +353,8 @@ module_exec(PyObject *module)
     if (state->cuda_deltas_type == NULL || PyModule_AddType(module, state->cuda_deltas_type) < 0 ||
         PyModule_AddFunctions(module, cuda_product_functions) < 0 ||
         PyModule_AddFunctions(module, cuda_gradient_functions) < 0 ||
+        PyModule_AddFunctions(module, cuda_blas_functions) < 0 ||
+        PyModule_AddFunctions(module, cuda_calibrate_functions) < 0 ||
         PyModule_AddFunctions(module, cuda_delta_functions) < 0) {
         return -1;
     }
@@ -402,6 +404,8 @@ module_free(void *module)
         Py_CLEAR(state->max_version);
         bd_pool_release(state->pool);
         state->pool = NULL;
+        bd_blas_close(state->blas);
+        state->blas = NULL;
     }
 }
 

@@ -8,6 +8,7 @@
 #include <Python.h>
 
 #include "bitdelta.h"
+#include "cuda_blas.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -29,6 +30,7 @@ typedef struct {
 typedef struct {
     PyTypeObject *delta_type;
     PyTypeObject *cuda_deltas_type; /* NULL in a build without kernels */
+    bd_blas *blas;                  /* NULL until one is opened; then stays */
     PyObject *str_exchange_api, *str_dlpack, *str_dlpack_device, *str_requires_grad, *str_is_neg,
         *str_is_conj, *str_bitdelta_dtype;
     PyObject *max_version_kwnames; /* ("max_version",) */
@@ -88,10 +90,12 @@ extern PyMethodDef byte_functions[];      /* py_bytes.c: to_float32, crc32c, crc
 extern PyMethodDef cuda_functions[];      /* py_cuda.c: cuda_missing, cuda_is_emulated, cuda_expand,
                                            * cuda_quantize */
 #if BITDELTA_CUDA_KIND
-extern PyType_Spec cuda_deltas_spec;          /* cuda_deltas.c */
-extern PyMethodDef cuda_product_functions[];  /* py_cuda_linear.c */
-extern PyMethodDef cuda_gradient_functions[]; /* py_cuda_gradient.c */
-extern PyMethodDef cuda_delta_functions[];    /* py_cuda_delta.c: cuda_extract */
+extern PyType_Spec cuda_deltas_spec;           /* cuda_deltas.c */
+extern PyMethodDef cuda_product_functions[];   /* py_cuda_linear.c */
+extern PyMethodDef cuda_gradient_functions[];  /* py_cuda_gradient.c */
+extern PyMethodDef cuda_delta_functions[];     /* py_cuda_delta.c: cuda_extract */
+extern PyMethodDef cuda_blas_functions[];      /* py_cuda_blas.c */
+extern PyMethodDef cuda_calibrate_functions[]; /* py_cuda_calibrate.c */
 #endif
 
 /* A Delta object's view, or NULL with TypeError when object is not a Delta of this module. */

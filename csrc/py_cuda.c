@@ -44,51 +44,54 @@ py_cuda_missing(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
     return PyUnicode_FromString(text);
 }
 
+/* ---- quantize ---- */
+
+typedef struct {
+    const bd_matrix *x;
+    const float *column;
+    int16_t *q;
+    int32_t *exponents;
+} quantization;
+
+static int
+acquire_quantization(module_state *state, cuda_call *call, PyObject *const *args, void *given)
+{
+    quantization *job = given;
+    job->x = cuda_matrix(state, call, args[2], "x", TENSOR_INPUT, "[M, K]", ANY_SIZE, ANY_SIZE);
+    if (job->x == NULL || cuda_check_size(job->x, "x") < 0) {
+        return -1;
+    }
+    const int64_t M = job->x->n_rows, K = job->x->n_columns;
+    const int64_t q_shape[] = {M, bd_n_lines(K) * BD_WORD_BITS};
+    job->q = cuda_block(state, call, args[0], "q", TENSOR_OUTPUT, kDLInt, 16, 16,
+                        "[M, K rounded up to 256]", 2, q_shape);
+    if (job->q == NULL ||
+        (job->exponents = cuda_block(state, call, args[1], "exponents", TENSOR_OUTPUT, kDLInt, 32,
+                                     4, "[M]", 1, &M)) == NULL) {
+        return -1;
+    }
+    if (args[3] != Py_None &&
+        (job->column = cuda_block(state, call, args[3], "column", TENSOR_INPUT, kDLFloat, 32, 4,
+                                  "[K]", 1, &K)) == NULL) {
+        return -1;
+    }
+    return 0;
+}
+
+static bd_status
+launch_quantization(cuda_call *call, void *given)
+{
+    const quantization *job = given;
+    return bd_cuda_quantize(&call->ctx, job->x, job->column, job->q, job->exponents);
+}
+
 static PyObject *
 py_cuda_quantize(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    module_state *state = get_state(module);
-    cuda_call call;
-    PyObject *result = NULL;
-    if (check_n_arguments("cuda_quantize", nargs, 4, 4) < 0 || cuda_begin(&call) < 0) {
-        return NULL;
-    }
-    int16_t *q = NULL;
-    int32_t *exponents = NULL;
-    const float *column = NULL;
-    const bd_matrix *x =
-        cuda_matrix(state, &call, args[2], "x", TENSOR_INPUT, "[M, K]", ANY_SIZE, ANY_SIZE);
-    if (x == NULL) {
-        goto done;
-    }
-    const int64_t q_shape[] = {x->n_rows, bd_n_lines(x->n_columns) * BD_WORD_BITS};
-    q = cuda_block(state, &call, args[0], "q", TENSOR_OUTPUT, kDLInt, 16, 16,
-                   "[M, K rounded up to 256]", 2, q_shape);
-    if (q == NULL || (exponents = cuda_block(state, &call, args[1], "exponents", TENSOR_OUTPUT,
-                                             kDLInt, 32, 4, "[M]", 1, &x->n_rows)) == NULL) {
-        goto done;
-    }
-    if (args[3] != Py_None &&
-        (column = cuda_block(state, &call, args[3], "column", TENSOR_INPUT, kDLFloat, 32, 4, "[K]",
-                             1, &x->n_columns)) == NULL) {
-        goto done;
-    }
-    if (cuda_check_apart(&call, 0) < 0) {
-        goto done;
-    }
-    bd_status status = BD_OK;
-    Py_BEGIN_ALLOW_THREADS
-        status = cuda_enter(&call);
-        if (status == BD_OK) {
-            status = bd_cuda_quantize(&call.ctx, x, column, q, exponents);
-            cuda_leave(&call);
-        }
-    Py_END_ALLOW_THREADS
-    result = cuda_return_status(status);
-
-done:
-    cuda_end(&call);
-    return result;
+    static const cuda_function quantize = {"cuda_quantize", 4, acquire_quantization,
+                                           launch_quantization};
+    quantization job = {0};
+    return cuda_run(module, &quantize, args, nargs, &job);
 }
 
 /* ---- expand ---- */
@@ -101,8 +104,9 @@ typedef struct {
 
 /* (out, base, sign, scale, column, shape's N, row_begin) */
 static int
-expansion_acquire(module_state *state, cuda_call *call, PyObject *const *args, expansion *job)
+acquire_expansion(module_state *state, cuda_call *call, PyObject *const *args, void *given)
 {
+    expansion *job = given;
     int64_t P = 0, N = 0, begin = 0;
     if (parse_int(args[5], "N", 1, INT32_MAX, &N) < 0 ||
         parse_int(args[6], "row_begin", 0, N - 1, &begin) < 0) {
@@ -149,32 +153,23 @@ expansion_acquire(module_state *state, cuda_call *call, PyObject *const *args, e
     job->delta.N = N;
     job->delta.K = K;
     job->delta.P = (int)P;
-    return cuda_check_apart(call, job->base != NULL);
+    call->is_in_place = job->base != NULL;
+    return 0;
+}
+
+static bd_status
+launch_expansion(cuda_call *call, void *given)
+{
+    const expansion *job = given;
+    return bd_cuda_expand(&call->ctx, job->base, &job->delta, job->begin, job->end, job->out);
 }
 
 static PyObject *
 py_cuda_expand(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
+    static const cuda_function expand = {"cuda_expand", 7, acquire_expansion, launch_expansion};
     expansion job = {0};
-    cuda_call call;
-    PyObject *result = NULL;
-    if (check_n_arguments("cuda_expand", nargs, 7, 7) < 0 || cuda_begin(&call) < 0) {
-        return NULL;
-    }
-    if (expansion_acquire(get_state(module), &call, args, &job) == 0) {
-        bd_status status = BD_OK;
-        Py_BEGIN_ALLOW_THREADS
-            status = cuda_enter(&call);
-            if (status == BD_OK) {
-                status =
-                    bd_cuda_expand(&call.ctx, job.base, &job.delta, job.begin, job.end, job.out);
-                cuda_leave(&call);
-            }
-        Py_END_ALLOW_THREADS
-        result = cuda_return_status(status);
-    }
-    cuda_end(&call);
-    return result;
+    return cuda_run(module, &expand, args, nargs, &job);
 }
 
 #else
@@ -213,6 +208,10 @@ PyMethodDef cuda_functions[] = {
     {"cuda_linear_transposed", (PyCFunction)(void (*)(void))refuse, METH_FASTCALL, NULL},
     {"cuda_row_gradient", (PyCFunction)(void (*)(void))refuse, METH_FASTCALL, NULL},
     {"cuda_position", (PyCFunction)(void (*)(void))refuse, METH_FASTCALL, NULL},
+    {"cuda_open_blas", (PyCFunction)(void (*)(void))refuse, METH_FASTCALL, NULL},
+    {"cuda_multiply", (PyCFunction)(void (*)(void))refuse, METH_FASTCALL, NULL},
+    {"cuda_fit_signs", (PyCFunction)(void (*)(void))refuse, METH_FASTCALL, NULL},
+    {"cuda_sweep", (PyCFunction)(void (*)(void))refuse, METH_FASTCALL, NULL},
 #endif
     {NULL, NULL, 0, NULL},
 };

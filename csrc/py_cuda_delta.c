@@ -16,8 +16,9 @@ typedef struct {
 } extraction;
 
 static int
-extraction_acquire(module_state *state, cuda_call *call, PyObject *const *args, extraction *job)
+acquire_extraction(module_state *state, cuda_call *call, PyObject *const *args, void *given)
 {
+    extraction *job = given;
     static const int64_t one[] = {1};
     int64_t P = 0, form = 0;
     if (parse_int(args[2], "planes", 1, BD_MAX_PLANES, &P) < 0 ||
@@ -66,7 +67,7 @@ extraction_acquire(module_state *state, cuda_call *call, PyObject *const *args, 
     }
     job->workspace = cuda_scratch(state, call, args[8], "workspace", TENSOR_OUTPUT,
                                   bd_cuda_extract_workspace_bytes(N, K, job->form));
-    return job->workspace == NULL ? -1 : cuda_check_apart(call, 0);
+    return job->workspace == NULL ? -1 : 0;
 }
 
 PyDoc_STRVAR(extract_doc,
@@ -74,30 +75,20 @@ PyDoc_STRVAR(extract_doc,
              "             workspace, /)\n--\n\n"
              "As extract; bad, int64 [1], becomes -1 or what cuda_position reads.");
 
+static bd_status
+launch_extraction(cuda_call *call, void *given)
+{
+    const extraction *job = given;
+    return bd_cuda_extract(&call->ctx, job->base, job->finetuned, job->P, job->form, job->sign,
+                           job->scale, job->column, job->bad, job->workspace);
+}
+
 static PyObject *
 py_cuda_extract(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    module_state *state = get_state(module);
-    cuda_call call;
+    static const cuda_function extract = {"cuda_extract", 9, acquire_extraction, launch_extraction};
     extraction job = {0};
-    PyObject *result = NULL;
-    if (check_n_arguments("cuda_extract", nargs, 9, 9) < 0 || cuda_begin(&call) < 0) {
-        return NULL;
-    }
-    if (extraction_acquire(state, &call, args, &job) == 0) {
-        bd_status status = BD_OK;
-        Py_BEGIN_ALLOW_THREADS
-            status = cuda_enter(&call);
-            if (status == BD_OK) {
-                status = bd_cuda_extract(&call.ctx, job.base, job.finetuned, job.P, job.form,
-                                         job.sign, job.scale, job.column, job.bad, job.workspace);
-                cuda_leave(&call);
-            }
-        Py_END_ALLOW_THREADS
-        result = cuda_return_status(status);
-    }
-    cuda_end(&call);
-    return result;
+    return cuda_run(module, &extract, args, nargs, &job);
 }
 
 PyDoc_STRVAR(

@@ -11,7 +11,7 @@ acquire_gradient(module_state *state, cuda_call *call, PyObject *const *args,
                  bd_cuda_gradient_args *job)
 {
     job->dy = cuda_matrix(state, call, args[0], "dy", TENSOR_INPUT, "[M, N]", ANY_SIZE, ANY_SIZE);
-    if (job->dy == NULL) {
+    if (job->dy == NULL || cuda_check_size(job->dy, "dy") < 0) {
         return -1;
     }
     const cuda_deltas *deltas = cuda_deltas_view(state, call, args[2], "deltas");
@@ -63,75 +63,67 @@ PyDoc_STRVAR(
     "out [M, K] = the rows' delta terms of dy over n; dcolumn fp32 [T, planes, K]: the\n"
     "gradients of column scales, for which x is needed. Either may be None.");
 
+static int
+acquire_transposed(module_state *state, cuda_call *call, PyObject *const *args, void *given)
+{
+    bd_cuda_gradient_args *job = given;
+    if (acquire_gradient(state, call, args, job) < 0) {
+        return -1;
+    }
+    if (args[5] != Py_None && (job->g = cuda_matrix(state, call, args[5], "out", TENSOR_OUTPUT,
+                                                    "[M, K]", job->dy->n_rows, job->K)) == NULL) {
+        return -1;
+    }
+    if (args[6] != Py_None && (job->dcolumn = acquire_sums(state, call, args[6], "dcolumn",
+                                                           "[T, P, K]", job->K, job)) == NULL) {
+        return -1;
+    }
+    return 0;
+}
+
+static bd_status
+launch_transposed(cuda_call *call, void *job)
+{
+    return bd_cuda_linear_transposed(&call->ctx, job);
+}
+
 static PyObject *
 py_cuda_linear_transposed(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    module_state *state = get_state(module);
-    cuda_call call;
+    static const cuda_function transposed = {"cuda_linear_transposed", 7, acquire_transposed,
+                                             launch_transposed};
     bd_cuda_gradient_args job = {0};
-    PyObject *result = NULL;
-    if (check_n_arguments("cuda_linear_transposed", nargs, 7, 7) < 0 || cuda_begin(&call) < 0) {
-        return NULL;
-    }
-    if (acquire_gradient(state, &call, args, &job) < 0) {
-        goto done;
-    }
-    if (args[5] != Py_None && (job.g = cuda_matrix(state, &call, args[5], "out", TENSOR_OUTPUT,
-                                                   "[M, K]", job.dy->n_rows, job.K)) == NULL) {
-        goto done;
-    }
-    if (args[6] != Py_None && (job.dcolumn = acquire_sums(state, &call, args[6], "dcolumn",
-                                                          "[T, P, K]", job.K, &job)) == NULL) {
-        goto done;
-    }
-    if (cuda_check_apart(&call, 0) < 0) {
-        goto done;
-    }
-    bd_status status = BD_OK;
-    Py_BEGIN_ALLOW_THREADS
-        status = cuda_enter(&call);
-        if (status == BD_OK) {
-            status = bd_cuda_linear_transposed(&call.ctx, &job);
-            cuda_leave(&call);
-        }
-    Py_END_ALLOW_THREADS
-    result = cuda_return_status(status);
-
-done:
-    cuda_end(&call);
-    return result;
+    return cuda_run(module, &transposed, args, nargs, &job);
 }
 
 PyDoc_STRVAR(row_gradient_doc,
              "cuda_row_gradient($module, dy, x, deltas, plan, workspace, drow, /)\n--\n\n"
              "drow, fp32 [T, planes, N]: the gradients of row scales.");
 
+static int
+acquire_row_gradient(module_state *state, cuda_call *call, PyObject *const *args, void *given)
+{
+    bd_cuda_gradient_args *job = given;
+    if (acquire_gradient(state, call, args, job) < 0) {
+        return -1;
+    }
+    job->drow = acquire_sums(state, call, args[5], "drow", "[T, P, N]", job->dy->n_columns, job);
+    return job->drow == NULL ? -1 : 0;
+}
+
+static bd_status
+launch_row_gradient(cuda_call *call, void *job)
+{
+    return bd_cuda_row_gradient(&call->ctx, job);
+}
+
 static PyObject *
 py_cuda_row_gradient(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    module_state *state = get_state(module);
-    cuda_call call;
+    static const cuda_function row_gradient = {"cuda_row_gradient", 6, acquire_row_gradient,
+                                               launch_row_gradient};
     bd_cuda_gradient_args job = {0};
-    PyObject *result = NULL;
-    if (check_n_arguments("cuda_row_gradient", nargs, 6, 6) < 0 || cuda_begin(&call) < 0) {
-        return NULL;
-    }
-    if (acquire_gradient(state, &call, args, &job) == 0 &&
-        (job.drow = acquire_sums(state, &call, args[5], "drow", "[T, P, N]", job.dy->n_columns,
-                                 &job)) != NULL &&
-        cuda_check_apart(&call, 0) == 0) {
-        bd_status status = BD_OK;
-        Py_BEGIN_ALLOW_THREADS
-            status = cuda_enter(&call);
-            if (status == BD_OK) {
-                status = bd_cuda_row_gradient(&call.ctx, &job);
-                cuda_leave(&call);
-            }
-        Py_END_ALLOW_THREADS
-        result = cuda_return_status(status);
-    }
-    cuda_end(&call);
-    return result;
+    return cuda_run(module, &row_gradient, args, nargs, &job);
 }
 
 PyMethodDef cuda_gradient_functions[] = {

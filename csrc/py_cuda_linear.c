@@ -7,52 +7,88 @@
 
 /* ---- workspace ---- */
 
-#define N_OPERATIONS 4
+typedef struct {
+    const char *name;
+    int64_t most;
+} size_limit;
 
-PyDoc_STRVAR(workspace_doc,
-             "cuda_workspace_bytes($module, operation, /, *sizes)\n--\n\n"
-             "plan M, T; linear M, K, T, n_parts, planes, has_columns; extract N, K, form (0 "
-             "tensor, 1 row,\n"
-             "2 rank1); gradient M, N, K, T, planes.");
+#define ROWS_M {"M", BD_CUDA_MAX_ROWS}
+#define COLUMNS(letter) {letter, BD_CUDA_MAX_COLUMNS}
+#define TENANTS_T {"T", BD_CUDA_MAX_TENANTS}
+#define PLANES {"planes", BD_MAX_PLANES}
+
+static const struct {
+    const char *name;
+    int n_sizes;
+    size_limit sizes[6];
+} operations[] = {
+    {"plan", 2, {ROWS_M, TENANTS_T}},
+    {"linear",
+     6,
+     {ROWS_M, COLUMNS("K"), TENANTS_T, {"n_parts", BD_CUDA_MAX_PARTS}, PLANES, {"has_columns", 1}}},
+    {"gradient", 5, {ROWS_M, COLUMNS("N"), COLUMNS("K"), TENANTS_T, PLANES}},
+    {"extract", 3, {{"N", INT32_MAX}, {"K", INT32_MAX}, {"form", BD_SCALE_RANK1}}},
+    {"fit", 2, {{"N", INT32_MAX}, {"K", INT32_MAX}}},
+    {"multiply", 0, {{NULL, 0}}},
+};
+
+static size_t
+workspace_bytes(int operation, const int64_t *n)
+{
+    switch (operation) {
+        case 0:
+            return bd_cuda_plan_bytes(n[0], n[1]);
+        case 1:
+            return bd_cuda_linear_workspace_bytes(n[0], n[1], n[2], (int)n[3], (int)n[4],
+                                                  (int)n[5]);
+        case 2:
+            return bd_cuda_gradient_workspace_bytes(n[0], n[1], n[2], n[3], (int)n[4]);
+        case 3:
+            return bd_cuda_extract_workspace_bytes(n[0], n[1], (bd_scale_form)n[2]);
+        case 4:
+            return bd_cuda_fit_workspace_bytes(n[0], n[1]);
+        default:
+            return BD_BLAS_WORKSPACE_BYTES;
+    }
+}
+
+PyDoc_STRVAR(
+    workspace_doc,
+    "cuda_workspace_bytes($module, operation, /, *sizes)\n--\n\n"
+    "plan M, T; linear M, K, T, n_parts, planes, has_columns; gradient M, N, K, T, planes;\n"
+    "extract N, K, form (0 tensor, 1 row, 2 rank1); fit N, K; multiply.");
 
 static PyObject *
 py_cuda_workspace_bytes(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
-    static const char *const names[] = {"plan", "linear", "extract", "gradient"};
-    static const int n_sizes[] = {2, 6, 3, 5};
+    static const int n_operations = sizeof operations / sizeof *operations;
     int64_t n[6] = {0};
     int at = 0;
     if (check_n_arguments("cuda_workspace_bytes", nargs, 1, 7) < 0) {
         return NULL;
     }
-    while (at < N_OPERATIONS && !(PyUnicode_Check(args[0]) &&
-                                  PyUnicode_CompareWithASCIIString(args[0], names[at]) == 0)) {
+    while (at < n_operations &&
+           !(PyUnicode_Check(args[0]) &&
+             PyUnicode_CompareWithASCIIString(args[0], operations[at].name) == 0)) {
         at++;
     }
-    if (at == N_OPERATIONS) {
+    if (at == n_operations) {
         PyErr_Format(PyExc_ValueError,
-                     "operation: expected plan, linear, extract or gradient, got %R", args[0]);
+                     "operation: expected plan, linear, gradient, extract, fit or multiply, got %R",
+                     args[0]);
         return NULL;
     }
-    if (check_n_arguments("cuda_workspace_bytes", nargs, n_sizes[at] + 1, n_sizes[at] + 1) < 0) {
+    const int n_sizes = operations[at].n_sizes;
+    if (check_n_arguments("cuda_workspace_bytes", nargs, n_sizes + 1, n_sizes + 1) < 0) {
         return NULL;
     }
-    for (int i = 0; i < n_sizes[at]; i++) {
-        if (parse_int(args[i + 1], "sizes", 0, INT32_MAX, &n[i]) < 0) {
+    for (int i = 0; i < n_sizes; i++) {
+        const size_limit *limit = &operations[at].sizes[i];
+        if (parse_int(args[i + 1], limit->name, 0, limit->most, &n[i]) < 0) {
             return NULL;
         }
     }
-    size_t n_bytes = 0;
-    if (at == 0) {
-        n_bytes = bd_cuda_plan_bytes(n[0], n[1]);
-    } else if (at == 1) {
-        n_bytes = bd_cuda_linear_workspace_bytes(n[0], n[1], n[2], (int)n[3], (int)n[4], n[5] != 0);
-    } else if (at == 3) {
-        n_bytes = bd_cuda_gradient_workspace_bytes(n[0], n[1], n[2], n[3], (int)n[4]);
-    } else {
-        n_bytes = bd_cuda_extract_workspace_bytes(n[0], n[1], (bd_scale_form)(n[2] % 3));
-    }
-    return PyLong_FromSize_t(n_bytes);
+    return PyLong_FromSize_t(workspace_bytes(at, n));
 }
 
 /* ---- plan ---- */
@@ -61,47 +97,49 @@ PyDoc_STRVAR(plan_doc,
              "cuda_plan($module, plan, tenant_ids, T, /)\n--\n\n"
              "Groups the rows of a batch; ids out of range lose theirs, which become NaN.");
 
+typedef struct {
+    const int64_t *ids;
+    int64_t M, T;
+    void *plan;
+} planning;
+
+static int
+acquire_planning(module_state *state, cuda_call *call, PyObject *const *args, void *given)
+{
+    static const int64_t any[] = {ANY_SIZE};
+    planning *job = given;
+    if (parse_int(args[2], "T", 1, BD_CUDA_MAX_TENANTS, &job->T) < 0) {
+        return -1;
+    }
+    job->ids =
+        cuda_block(state, call, args[1], "tenant_ids", TENSOR_INPUT, kDLInt, 64, 8, "[M]", 1, any);
+    if (job->ids == NULL) {
+        return -1;
+    }
+    job->M = call->tensors[0].shape[0];
+    if (job->M > BD_CUDA_MAX_ROWS) {
+        PyErr_Format(PyExc_ValueError, "tenant_ids: expected at most %d rows, got %lld",
+                     BD_CUDA_MAX_ROWS, (long long)job->M);
+        return -1;
+    }
+    job->plan = cuda_scratch(state, call, args[0], "plan", TENSOR_OUTPUT,
+                             bd_cuda_plan_bytes(job->M, job->T));
+    return job->plan == NULL ? -1 : 0;
+}
+
+static bd_status
+launch_planning(cuda_call *call, void *given)
+{
+    const planning *job = given;
+    return bd_cuda_plan(&call->ctx, job->ids, job->M, job->T, job->plan);
+}
+
 static PyObject *
 py_cuda_plan(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    static const int64_t any[] = {ANY_SIZE};
-    module_state *state = get_state(module);
-    cuda_call call;
-    int64_t T = 0;
-    PyObject *result = NULL;
-    if (check_n_arguments("cuda_plan", nargs, 3, 3) < 0 ||
-        parse_int(args[2], "T", 1, BD_CUDA_MAX_TENANTS, &T) < 0 || cuda_begin(&call) < 0) {
-        return NULL;
-    }
-    void *plan = NULL;
-    const int64_t *ids =
-        cuda_block(state, &call, args[1], "tenant_ids", TENSOR_INPUT, kDLInt, 64, 8, "[M]", 1, any);
-    if (ids == NULL) {
-        goto done;
-    }
-    const int64_t M = call.tensors[0].shape[0];
-    if (M > BD_CUDA_MAX_ROWS) {
-        PyErr_Format(PyExc_ValueError, "tenant_ids: expected at most %d rows, got %lld",
-                     BD_CUDA_MAX_ROWS, (long long)M);
-        goto done;
-    }
-    plan = cuda_scratch(state, &call, args[0], "plan", TENSOR_OUTPUT, bd_cuda_plan_bytes(M, T));
-    if (plan == NULL || cuda_check_apart(&call, 0) < 0) {
-        goto done;
-    }
-    bd_status status = BD_OK;
-    Py_BEGIN_ALLOW_THREADS
-        status = cuda_enter(&call);
-        if (status == BD_OK) {
-            status = bd_cuda_plan(&call.ctx, ids, M, T, plan);
-            cuda_leave(&call);
-        }
-    Py_END_ALLOW_THREADS
-    result = cuda_return_status(status);
-
-done:
-    cuda_end(&call);
-    return result;
+    static const cuda_function plan = {"cuda_plan", 3, acquire_planning, launch_planning};
+    planning job = {0};
+    return cuda_run(module, &plan, args, nargs, &job);
 }
 
 /* ---- linear ---- */
@@ -184,51 +222,45 @@ PyDoc_STRVAR(linear_doc,
              "out = delta terms + product + bias of every part (out, product, bias, deltas); with\n"
              "add, out += delta terms. max_rows: the most rows a tenant has, M where not known.");
 
+static int
+acquire_linear(module_state *state, cuda_call *call, PyObject *const *args, void *given)
+{
+    bd_cuda_linear_args *job = given;
+    int add = 0;
+    if (parse_bool(args[4], "add", &add) < 0 ||
+        parse_int(args[3], "max_rows", 0, INT32_MAX, &job->max_rows) < 0) {
+        return -1;
+    }
+    job->x = cuda_matrix(state, call, args[0], "x", TENSOR_INPUT, "[M, K]", ANY_SIZE, ANY_SIZE);
+    if (job->x == NULL || cuda_check_size(job->x, "x") < 0 ||
+        acquire_parts(state, call, args[1], add, job) < 0) {
+        return -1;
+    }
+    const int64_t M = job->x->n_rows;
+    job->plan = cuda_scratch(state, call, args[2], "plan", TENSOR_INPUT,
+                             bd_cuda_plan_bytes(M, job->n_deltas));
+    if (job->plan == NULL) {
+        return -1;
+    }
+    job->workspace = cuda_scratch(
+        state, call, args[5], "workspace", TENSOR_OUTPUT,
+        bd_cuda_linear_workspace_bytes(M, job->x->n_columns, job->n_deltas, job->n_parts,
+                                       job->max_planes, job->has_columns));
+    return job->workspace == NULL ? -1 : 0;
+}
+
+static bd_status
+launch_linear(cuda_call *call, void *job)
+{
+    return bd_cuda_linear(&call->ctx, job);
+}
+
 static PyObject *
 py_cuda_linear(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    module_state *state = get_state(module);
-    cuda_call call;
+    static const cuda_function linear = {"cuda_linear", 6, acquire_linear, launch_linear};
     bd_cuda_linear_args job = {0};
-    PyObject *result = NULL;
-    if (check_n_arguments("cuda_linear", nargs, 6, 6) < 0) {
-        return NULL;
-    }
-    int add = 0;
-    if (parse_bool(args[4], "add", &add) < 0 ||
-        parse_int(args[3], "max_rows", 0, INT32_MAX, &job.max_rows) < 0 || cuda_begin(&call) < 0) {
-        return NULL;
-    }
-    job.x = cuda_matrix(state, &call, args[0], "x", TENSOR_INPUT, "[M, K]", ANY_SIZE, ANY_SIZE);
-    if (job.x == NULL || acquire_parts(state, &call, args[1], add, &job) < 0) {
-        goto done;
-    }
-    const int64_t M = job.x->n_rows;
-    job.plan = cuda_scratch(state, &call, args[2], "plan", TENSOR_INPUT,
-                            bd_cuda_plan_bytes(M, job.n_deltas));
-    if (job.plan == NULL) {
-        goto done;
-    }
-    job.workspace =
-        cuda_scratch(state, &call, args[5], "workspace", TENSOR_OUTPUT,
-                     bd_cuda_linear_workspace_bytes(M, job.x->n_columns, job.n_deltas, job.n_parts,
-                                                    job.max_planes, job.has_columns));
-    if (job.workspace == NULL || cuda_check_apart(&call, 0) < 0) {
-        goto done;
-    }
-    bd_status status = BD_OK;
-    Py_BEGIN_ALLOW_THREADS
-        status = cuda_enter(&call);
-        if (status == BD_OK) {
-            status = bd_cuda_linear(&call.ctx, &job);
-            cuda_leave(&call);
-        }
-    Py_END_ALLOW_THREADS
-    result = cuda_return_status(status);
-
-done:
-    cuda_end(&call);
-    return result;
+    return cuda_run(module, &linear, args, nargs, &job);
 }
 
 PyMethodDef cuda_product_functions[] = {

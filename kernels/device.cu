@@ -96,6 +96,16 @@ bd_gpu_put(void *to, const void *from, size_t n_bytes, void *stream)
 }
 
 int
+bd_gpu_is_captured(void *stream)
+{
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+    /* cudaErrorStreamCaptureImplicit: the legacy stream while another is captured */
+    (void)cudaGetLastError();
+    return error != cudaSuccess || status != cudaStreamCaptureStatusNone;
+}
+
+int
 bd_gpu_is_emulated(void)
 {
     return 0;

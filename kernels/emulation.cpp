@@ -580,6 +580,14 @@ bd_gpu_put(void *to, const void *from, size_t n_bytes, void *stream)
     return BD_OK;
 }
 
+/* BITDELTA_EMULATION_CAPTURE=1: as during the capture of a CUDA graph. */
+int
+bd_gpu_is_captured(void *stream)
+{
+    (void)stream;
+    return getenv("BITDELTA_EMULATION_CAPTURE") != nullptr;
+}
+
 int
 bd_gpu_is_emulated(void)
 {

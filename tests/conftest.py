@@ -3,7 +3,11 @@
 The delta terms are integers, so tests of them compare with `==`; the tolerances are for what is summed in floats.
 """
 
+import os
+import shutil
+import subprocess
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from bitdelta import _C
 from bitdelta.array import from_float32, to_float32
 
 DTYPES = ("float32", "float16", "bfloat16")
+CUBLAS_DOUBLE = Path(__file__).parent / "cuda" / "cublas_double.c"
 KINDS = ("numpy", "torch", "ml_dtypes")
 
 # Relative to the largest value of the row. fp32 sums of a few thousand products err by some 1e-6; one rounding to
@@ -123,6 +128,23 @@ class Gpu:
 
     def get(self, tensor):
         return tensor.cpu().numpy()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cublas_double(tmp_path_factory):
+    """What emulated kernels multiply by, here and in child processes."""
+    if _C.cuda_is_emulated():
+        library = compile_library(CUBLAS_DOUBLE, tmp_path_factory.mktemp("cublas") / "libcublas.so.13")
+        os.environ["BITDELTA_CUBLAS"] = str(library)
+
+
+def compile_library(source, output, *flags):
+    """A C file as a shared library whose soname is its name."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    assert compiler, "what built the extension"
+    options = ["-std=c11", "-O2", "-ffp-contract=off", "-shared", "-fPIC", f"-Wl,-soname,{output.name}"]
+    subprocess.run([compiler, *options, source, "-o", output, *flags], check=True)
+    return output
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ SOURCES = sorted(CSRC.glob("*.c"))
 HEADERS = sorted(CSRC.glob("*.h"))
 BORDER = {"cuda_call", "cuda_deltas", "module", "tensor", "tensor_check", "tensor_dlpack"}
 BORDER |= {"py_bytes", "py_calibrate", "py_cuda", "py_delta", "py_linear"}
-BORDER |= {"py_cuda_delta", "py_cuda_gradient", "py_cuda_linear"}
+BORDER |= {"py_cuda_blas", "py_cuda_calibrate", "py_cuda_delta", "py_cuda_gradient", "py_cuda_linear"}
 WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Werror"]
 SYSTEM = [f"-isystem{sysconfig.get_path('include')}", f"-isystem{np.get_include()}"]
 COMPILERS = [compiler for compiler in ("gcc", "clang") if shutil.which(compiler)]
@@ -142,7 +142,7 @@ def test_no_state_outside_the_module_but_the_tables_of_kernels():
         "module_def", "module_functions", "module_slots", "delta_spec", "delta_slots", "delta_getset",
         "delta_functions", "calibrate_functions", "product_functions", "byte_functions", "cuda_functions",
         "cuda_deltas_spec", "deltas_slots", "deltas_getset", "cuda_product_functions", "cuda_gradient_functions",
-        "cuda_delta_functions",
+        "cuda_delta_functions", "cuda_blas_functions", "cuda_calibrate_functions",
         "PyArray_API",
         "PyArray_RUNTIME_VERSION",
     }  # fmt: skip

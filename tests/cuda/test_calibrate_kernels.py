@@ -86,3 +86,38 @@ def aligned_copy(sign):
     copy = aligned_empty(sign.shape, np.uint32)
     copy[...] = sign
     return copy
+
+
+# ---- through the module ----
+
+
+def on_device(device, arrays):
+    return [None if each is None else device.put(each) for each in arrays]
+
+
+def scratch(device, n, k):
+    memory = device.put(aligned_empty((_C.cuda_workspace_bytes("fit", n, k) + 256,), np.uint8, 256))
+    address = memory.ctypes.data if isinstance(memory, np.ndarray) else memory.data_ptr()
+    return memory[-address % 256 :]
+
+
+@pytest.mark.parametrize("has_column", [False, True])
+def test_the_module_fits_and_sweeps_with_the_bits_of_the_core(device, rng, has_column):
+    n, k, planes = 19, 70, 2
+    d, order, row, column = arguments(rng, n, k, planes, has_column)
+    factor = (0.3 * rng.normal(size=(k, k))).astype(F32)
+    expected = aligned_empty((planes, 2, 8, 16), np.uint32)
+    sign = device.put(aligned_copy(expected))
+    _C.fit_signs(d, factor, order, row, column, expected)
+    _C.cuda_fit_signs(*on_device(device, [d, factor, order, row, column]), sign, scratch(device, n, k))
+    assert np.array_equal(device.get(sign), expected)
+    x = rng.normal(size=(2 * k, k)).astype(F32)
+    for hessian in (x.T @ x, np.ascontiguousarray(np.diag(x.T @ x))):
+        pull = (d @ hessian if hessian.ndim == 2 else d * hessian).astype(F32)
+        mine = device.put(pull.copy())
+        before = expected.copy()
+        _C.sweep(pull, hessian, row, column, expected)
+        _C.cuda_sweep(mine, *on_device(device, [hessian, row, column]), sign)
+        assert np.array_equal(device.get(sign), expected)
+        assert np.array_equal(bits(device.get(mine)), bits(pull))
+        assert not np.array_equal(before, expected)
