@@ -69,12 +69,20 @@ __all__ = [
     "verify",
 ]
 
-_LAZY = {"DeltaModel": "bitdelta.model"}  # needs PyTorch
+# Imported when first asked for: they need PyTorch or matplotlib.
+_LAZY = {"DeltaModel": "bitdelta.model"}
+_LAZY_MODULES = ("merged_model", "ops", "plot")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        from importlib import import_module
+    from importlib import import_module
 
+    if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
+    if name in _LAZY_MODULES:
+        return import_module(f"bitdelta.{name}")
     raise AttributeError(f"module 'bitdelta' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, *_LAZY_MODULES})

@@ -26,6 +26,9 @@ def generate(
     debug: DEBUG = False,
 ) -> None:
     """Answer prompts of several fine-tunes in one batch over one base."""
+    from . import threads
+
+    threads.let_torch_sleep()
     from .prompts import answer, describe
 
     deltas = dict(_split(text, "=", "delta", "NAME=DELTA") for text in delta)

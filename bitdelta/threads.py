@@ -82,6 +82,15 @@ def _default() -> int:
     return _machine
 
 
+def let_torch_sleep() -> None:
+    """Before torch is imported: its idle threads shall sleep.
+
+    OpenMP's spin for some milliseconds after each of torch's operators, on the cores where the kernels' own threads
+    are to run next. A user's OMP_WAIT_POLICY holds.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def default_count() -> int:
     """CPUs this process may use: the affinity mask, at most the cgroup's quota rounded up."""
     try:

@@ -61,6 +61,18 @@ def test_functions_stay_in_front_of_modules_of_the_same_name(first):
     assert done.stdout.split() == ["True"] * len(names), done.stderr
 
 
+def test_what_needs_torch_or_matplotlib_is_imported_when_asked_for():
+    pytest.importorskip("torch")
+    pytest.importorskip("matplotlib")
+    done = python(
+        "-c", "import bitdelta; print(bitdelta.ops.linear, bitdelta.plot.quality, bitdelta.DeltaModel)"
+    )
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        bitdelta.nothing  # noqa: B018 - asking is the test
+    assert {"DeltaModel", "merged_model", "ops", "plot"} <= set(dir(bitdelta))
+
+
 def test_importing_loads_nothing_heavy():
     heavy = "torch", "transformers", "huggingface_hub", "typer", "tqdm", "rich", "ml_dtypes"
     done = python("-c", f"import bitdelta, sys; print([name for name in {heavy} if name in sys.modules])")

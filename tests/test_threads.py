@@ -306,3 +306,13 @@ def test_a_fork_while_another_thread_computes_gives_a_child_that_works(work):
             is_done.set()
 
     run_together(busy, busy, fork)
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "passive"), ("active", "active")])
+def test_idle_threads_of_torch_sleep_unless_the_user_says_otherwise(monkeypatch, before, after):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    if before:
+        monkeypatch.setenv("OMP_WAIT_POLICY", before)
+    threads.let_torch_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == after

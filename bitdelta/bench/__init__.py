@@ -23,7 +23,7 @@ from typing import Any
 
 from ..errors import Error, whole_number
 from ..table import table
-from ..threads import get_num_threads
+from ..threads import get_num_threads, let_torch_sleep
 from . import check, files, goals, machine
 
 
@@ -78,6 +78,7 @@ def run_model(
         ValueError: an unknown shape, or a number below 1.
         bitdelta.Error: tokens differ from those of merged models.
     """
+    let_torch_sleep()
     from . import model, model_goals
     from .random_model import SHAPES
 
