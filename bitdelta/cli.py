@@ -71,6 +71,7 @@ class Quantized(str, Enum):
 class Suite(str, Enum):
     cpu = "cpu"
     io = "io"
+    latency = "latency"
     model = "model"
     calibrate = "calibrate"
 
@@ -255,7 +256,8 @@ def bench(
     suite: Annotated[
         Suite,
         typer.Argument(
-            help="cpu: kernels and files; io: files only; model: many tenants; calibrate: fitting against distillation."
+            help="cpu: kernels and files; io: files only; latency: one linear against size and tenants; "
+            "model: many tenants; calibrate: fitting against distillation."
         ),
     ] = Suite.cpu,
     shape: Annotated[
@@ -274,6 +276,8 @@ def bench(
 
     if suite is Suite.model:
         report = suites.run_model(shape, layers, tenants, quick=quick, log=message)
+    elif suite is Suite.latency:
+        report = suites.run_latency(quick=quick, log=message)
     elif suite is Suite.calibrate:
         report = suites.run_calibration(quick=quick, log=message)
     else:

@@ -27,10 +27,14 @@ def plot(
     ] = None,
     text: Annotated[str | None, typer.Option(metavar="NAME", help="quality: code or prose.")] = None,
     against: Annotated[
-        str | None, typer.Option(metavar="WHAT", help="latency of bench cpu: rows or size.")
+        str | None, typer.Option(metavar="WHAT", help="latency: tenants, size or rows, as the report has it.")
     ] = None,
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="latency of bench cpu: of which run.")
+    ] = None,
+    at: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="latency of bench latency: of which size, or of how many tenants."),
     ] = None,
     tensor: Annotated[
         str | None, typer.Option(metavar="GLOB", help="variance: which tensors; else the middle layer's.")
@@ -54,5 +58,5 @@ def plot(
         return
     if out is None:
         raise ValueError("out: expected --out FILE, a .png, .svg or .pdf to write")
-    report = run(name, inputs or [], out, metric, text, against, threads, tensor, plane, error, title)
+    report = run(name, inputs or [], out, metric, text, against, threads, at, tensor, plane, error, title)
     answer(report, as_json, summary(report, "wrote", out))

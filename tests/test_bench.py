@@ -8,8 +8,10 @@ import sys
 import numpy as np
 import pytest
 
+import bitdelta
 from bitdelta import _C, bench
-from bitdelta.bench import check, files, goals, machine, timing
+from bitdelta.bench import check, files, goals, limits, machine, process, strips, timing
+from bitdelta.bench.data import QUICK, Data
 from bitdelta.cli import main
 from bitdelta.errors import Error
 from bitdelta.table import table
@@ -25,9 +27,11 @@ def report():
 
 def test_every_case_of_the_goals_is_measured_or_named(report):
     kinds = {row["kind"] for row in report["rows"]}
-    assert kinds == set(goals.NAMES) - (
-        {"load", "memory"} if not os.path.exists("/proc/self/maps") else set()
-    )
+    missing = set() if os.path.exists("/proc/self/maps") else {"load", "memory"}
+    if report["limits"][-1]["read"] is None:
+        missing.add("swap cold")
+    assert kinds == set(goals.NAMES) - missing
+    assert all(any(goals.NAMES[kind] in line for line in report["not_measured"]) for kind in missing)
     assert {row["rows"] for row in report["rows"] if row["kind"] == "delta"} == {1, 4, 16, 64}
     assert {row["threads"] for row in report["rows"] if "threads" in row} == {1, machine.cores()}
     timed = {row["variant"] for row in report["rows"] if row["kind"] == "delta" and row["rows"] == 1}
@@ -43,6 +47,29 @@ def test_rows_hold_positive_figures_and_ratios_to_the_best_dense_product(report)
         if row["kind"] == "dense":
             assert row["ratio"] >= 1
     json.dumps(report, allow_nan=False)
+
+
+def test_the_limits_of_memory_arithmetic_and_disk_come_first(report):
+    *memory, disk = report["limits"]
+    assert [limit["threads"] for limit in memory] == sorted({1, machine.cores()})
+    assert all(limit["bandwidth"] > 0 and limit["flops"] > 0 for limit in memory)
+    assert disk["write"] > 0 and (disk["read"] is None or disk["read"] > 0)
+    text = list(bench.describe(report))
+    place = next(i for i, line in enumerate(text) if line.startswith("limits, "))
+    assert place < next(i for i, line in enumerate(text) if "dense product" in line)
+
+
+def test_every_timed_case_is_checked_on_the_weights_it_is_timed_with(report):
+    timed = sum("threads" in row for row in report["rows"])
+    assert report["checked_cases"] == timed > 0
+    assert f"{timed} timed cases" in "\n".join(bench.describe(report))
+
+
+def test_a_swap_reads_every_byte_of_the_delta(report):
+    swaps = {row["kind"]: row for row in report["rows"] if row["kind"].startswith("swap")}
+    assert swaps["swap"]["calls"] == files.SWAPS
+    for row in swaps.values():
+        assert row["bytes_per_second"] * row["microseconds"] / 1e6 > 0 and row["share"] > 0
 
 
 def test_a_load_copies_nothing(report):
@@ -85,6 +112,74 @@ def test_a_kernel_that_differs_is_named(monkeypatch):
     monkeypatch.setattr(check, "_same_bits", lambda got, expected: False)
     with pytest.raises(Error, match="extract 48x512 bfloat16 1 planes row differs"):
         check.kernels(lambda line: None)
+
+
+def test_a_strip_that_is_off_is_named(rng):
+    data = Data(QUICK)
+    x, weights, deltas, ids = (
+        data.rows(2, 256),
+        data.weights(48, 256),
+        data.deltas(48, 256)[:1],
+        np.zeros(2, int),
+    )
+    for rows in strips.row_strips(48):
+        whole = bitdelta.linear(x, None, deltas, ids)
+        assert (
+            whole[:, rows].tobytes()
+            == bitdelta.linear(x, None, [strips.rows_of(deltas[0], rows)], ids).tobytes()
+        )
+    strips.exact("product", whole, x, deltas, ids)
+    wrong = whole.bits.copy()
+    wrong[1, 47] ^= 1  # the last bit of the last strip
+    with pytest.raises(Error, match="product: differs"):
+        strips.exact("product", bitdelta.as_bfloat16(wrong), x, deltas, ids)
+    y = bitdelta.linear(x, weights[0], deltas, ids)
+    strips.close("sum", y, x, weights[:1], deltas, ids)
+    for left_out in (np.array([0, -1]), np.array([-1, 0])):
+        with pytest.raises(Error, match="sum: .* away from the product in fp64"):
+            strips.close("sum", bitdelta.linear(x, weights[0], deltas, left_out), x, weights[:1], deltas, ids)
+    dy = data.rows(1, 48)
+    g = bitdelta.linear_transposed(dy, deltas, ids[:1])
+    assert g.tobytes() == bitdelta.linear_transposed(dy, [strips.columns_of(deltas[0])], ids[:1]).tobytes()
+
+
+def test_cases_are_verified_by_what_turn_0_gives():
+    def check(found):
+        if found != 1:
+            raise Error("off")
+
+    assert timing.Case(lambda turn: turn + 1, 0, _C.isa(), check).verify() is True
+    assert timing.Case(lambda turn: None, 0, _C.isa()).verify() is False
+    with pytest.raises(Error, match="off"):
+        timing.Case(lambda turn: turn, 0, _C.isa(), check).verify()
+
+
+def test_files_of_the_disk_are_read_from_it_or_not_measured(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 20))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    if not limits.evict(path):
+        pytest.skip("the page cache keeps files of this folder")
+    path.read_bytes()
+    with path.open("rb") as file:  # it is in the cache now, and evict would find it there
+        assert os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT) == 1
+
+
+def test_one_linear_is_timed_against_size_and_tenants(capsys):
+    assert main(["bench", "latency", "--quick", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {(row["kind"], row["rank"], row["size"], row["tenants"]): row for row in found["rows"]}
+    kinds = [("naive", None), ("deltas", None), ("lora", 16), ("lora", 128)]
+    assert set(rows) == {(*kind, size, count) for kind in kinds for size in (256, 512) for count in (1, 3)}
+    assert found["checked_cases"] == len(rows)
+    for (_, _, size, count), row in rows.items():
+        assert row["speed"] == pytest.approx(
+            rows["naive", None, size, count]["microseconds"] / row["microseconds"]
+        )
+    text = "\n".join(bench.describe(found))
+    for word in ("limits, ", "LoRA r=128 ms", "against naive", "naive by ", "timed cases"):
+        assert word in text
 
 
 def test_checking_leaves_the_instruction_set_as_it_was():
@@ -134,13 +229,15 @@ def test_the_checkpoints_are_read_by_safetensors(tmp_path):
 def test_the_command_prints_one_document(capsys):
     assert main(["bench", "io", "--quick", "--json"]) == 0
     captured = capsys.readouterr()
-    assert {row["kind"] for row in json.loads(captured.out)["rows"]} >= {"maps", "compress"}
+    found = json.loads(captured.out)
+    assert {row["kind"] for row in found["rows"]} >= {"maps", "compress", "swap"}
+    assert "verified the delta" in captured.err and found["limits"][-1]["write"] > 0
 
 
 def test_a_measurement_that_fails_is_one_line(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(Error, match="status 1"):
-        bench._products(1, True, lambda line: None)
+        process.run("products", 1, True, lambda line: None)
 
 
 def test_tables_are_plain_or_rich():

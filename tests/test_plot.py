@@ -15,6 +15,7 @@ import bitdelta
 from bitdelta import plot
 from bitdelta.cli import main
 from bitdelta.plot.deltas import equal_rank, explained, place
+from bitdelta.plot.picture import PICTURES
 
 
 @pytest.fixture
@@ -49,6 +50,46 @@ def model_report():
     rows = [{**row, "spread": 0.1, "tokens_per_second": 1.0} for row in rows]
     rows.append({"kind": "load", "microseconds": 1.0, "times": 2.0})
     return {"suite": "model", "quick": False, "shape": "s", "layers": 2, "rows": rows}
+
+
+def latency_report():
+    rows = [
+        {
+            "kind": kind,
+            "rank": rank,
+            "size": n,
+            "tenants": t,
+            "threads": 2,
+            "microseconds": us * n * t,
+            "spread": 0.1,
+        }
+        for kind, rank, us in (
+            ("naive", None, 4.0),
+            ("deltas", None, 1.0),
+            ("lora", 16, 2.0),
+            ("lora", 128, 3.0),
+        )
+        for n in (1000, 2000)
+        for t in (4, 1)
+    ]
+    return {"suite": "latency", "quick": False, "rows": rows}
+
+
+def io_report():
+    rows = [
+        {"kind": "maps", "case": "reading maps", "bytes_per_second": 3e9},
+        {"kind": "swap", "case": "hot-swap", "bytes_per_second": 2e9},
+        {"kind": "memory", "case": "memory", "times": 2.0},
+    ]
+    limits = [{"threads": 2, "bandwidth": 9e9, "flops": 1e9}, {"write": 1e9, "read": None}]
+    return {"suite": "io", "quick": False, "limits": limits, "rows": rows}
+
+
+def calibrate_report():
+    layer = {"case": "[4, 4]", "inputs": 1.0, "factor": 2.0, "fit": 3.0, "held_out": 4.0, "seconds": 10.0}
+    model = {"case": "a Llama", "seconds": 5.0}
+    rows = [{**layer, "distillation_seconds": 20.0}, {**model, "distillation_seconds": 30.0}]
+    return {"suite": "calibrate", "threads": 1, "quick": False, "rows": rows}
 
 
 def cpu_report():
@@ -128,6 +169,42 @@ def test_latency_against_tenants_rows_and_size(ax):
         )
 
 
+def test_latency_of_one_linear_against_tenants_and_size(ax):
+    plot.latency(latency_report(), ax=ax)  # of the largest size
+    assert line(ax, "a dense product each") == ([1, 4], [8, 32])
+    assert line(ax, "base + LoRA r=128, gathered") == ([1, 4], [6, 24])
+    assert ax.get_title() == "One linear, 2000 x 2000, 2 threads"
+    other = plot.latency(latency_report(), "size", at=1, ax=Figure().subplots())
+    assert line(other, "base + deltas, one call") == ([1000, 2000], [1, 2])
+    assert other.get_title() == "One linear, 1 tenant, a row each, 2 threads"
+    with pytest.raises(ValueError, match="at: expected one of 1, 4, got 2"):
+        plot.latency(latency_report(), "size", at=2, ax=ax)
+    for option in ({"at": 4}, {"threads": 1}):
+        with pytest.raises(ValueError, match="is an option of a report of"):
+            plot.latency(model_report(), **option, ax=ax)
+
+
+def test_rates_are_beside_what_memory_and_disk_allow(ax):
+    plot.rates(io_report(), ax=ax)
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == ["memory: reading", "disk: writing", "reading maps", "hot-swap"]
+    assert [bar.get_width() for bar in ax.patches] == [9, 1, 3, 2] and ax.get_xlabel() == "GB/s"
+    assert [bool(bar.get_hatch()) for bar in ax.patches] == [True, True, False, False]
+    with pytest.raises(ValueError, match="no rates"):
+        plot.rates(model_report(), ax=ax)
+
+
+def test_fitting_is_stacked_by_part_beside_distillation(ax):
+    plot.fitting(calibrate_report(), ax=ax)
+    assert [bar.get_width() for bar in ax.patches] == [1, 2, 3, 4, 20, 5, 30]
+    assert [bar.get_x() for bar in ax.patches][:4] == [0, 1, 3, 6]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["[4, 4]", "a Llama"]
+    labels = ax.get_legend_handles_labels()[1]
+    assert len(labels) == len(set(labels)) == 6
+    with pytest.raises(ValueError, match="no fits"):
+        plot.fitting(io_report(), ax=ax)
+
+
 def test_loss_has_the_curve_and_the_held_out_ends(ax):
     report = {"curve": [3.0, 2.0, 1.0], "loss": "kl", "held_out_before": 3.5, "held_out_after": 1.5}
     plot.loss(report, ax=ax)
@@ -179,15 +256,18 @@ def test_every_picture_is_written_by_the_command(folders, tmp_path, capsys):
         "planes": planes_report(),
         "model": model_report(),
         "loss": {"curve": [2.0, 1.0], "loss": "mse"},
+        "io": io_report(),
+        "calibrate": calibrate_report(),
     }
     for name, report in reports.items():
         (tmp_path / name).write_text(json.dumps(report))
     delta = str(folders / "delta")
     cases = {
         "quality": [tmp_path / "planes"], "memory": [delta], "latency": [tmp_path / "model"],
-        "loss": [tmp_path / "loss"],
+        "loss": [tmp_path / "loss"], "rates": [tmp_path / "io"], "fitting": [tmp_path / "calibrate"],
         "layer-errors": [delta], "scales": [delta], "variance": [folders / "base", folders / "tuned"],
     }  # fmt: skip
+    assert set(cases) == set(PICTURES)
     for name, inputs in cases.items():
         out = tmp_path / "new" / f"{name}.svg"
         assert (

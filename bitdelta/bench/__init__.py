@@ -1,9 +1,12 @@
 """`bitdelta bench`: first every kernel is checked against the reference, then timed, on this machine.
 
-    machine    what it is, and how fast it reads memory
+    machine    what it is
+    limits     how fast it reads memory, multiplies, reads and writes its disk: printed first
     check      every instruction set against bitdelta.reference
-    products   delta products, extraction and expansion against the dense product, interleaved (data, timing)
-    files      a packfile's load, and compress against merely reading the same maps
+    products   delta products, extraction and expansion against the dense product, interleaved (data, timing), each
+               checked first on what it is timed with (strips); a process for each number of threads (process)
+    latency    one linear against its size and the number of tenants: naive, LoRA, deltas
+    files      a packfile's load and hot-swap, and compress, against reading maps, memory and disk
     goals      what each row should reach
     calibration  fitting without gradients against distillation; needs PyTorch and transformers
     model      decoding for many tenants (random_model, decode, model_goals); needs PyTorch and transformers
@@ -13,18 +16,14 @@ Everything timed rotates over more than 1 GB of random bits, so that nothing com
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..errors import Error, whole_number
+from ..errors import whole_number
 from ..table import table
 from ..threads import get_num_threads, let_torch_sleep
-from . import check, files, goals, machine
+from . import check, files, goals, limits, machine, process
 
 
 def run(suite: str = "cpu", quick: bool = False, log: Callable[[str], None] = print) -> dict[str, Any]:
@@ -36,21 +35,50 @@ def run(suite: str = "cpu", quick: bool = False, log: Callable[[str], None] = pr
         log: called with one line at a time.
 
     Returns:
-        A dict that JSON can hold: `machine`, `checks`, `rows`, `not_measured`.
+        A dict that JSON can hold: `machine`, `limits`, `checks`, `rows`, `not_measured`.
 
     Raises:
         bitdelta.Error: a kernel differs from the reference, or a measurement failed.
     """
     start = time.perf_counter()
-    report: dict[str, Any] = {"suite": suite, "quick": quick, "machine": machine.describe()}
+    each = sorted({1, machine.cores()})
+    report = _begin(suite, quick, each, log)
     rows: list[dict[str, Any]] = []
     if suite == "cpu":
         report["checks"] = check.kernels(log)
-        for threads in sorted({1, machine.cores()}):
-            rows += _products(threads, quick, log)
-    rows += files.measure(quick, log)
+        for threads in each:
+            rows += process.run("products", threads, quick, log)
+        report["checked_cases"] = _taken(rows)
+    disk, measured = files.measure(quick, report["limits"][-1], log)
+    report["limits"].append(disk)
+    rows += measured
     report["rows"] = [goals.judge(row, report["machine"], quick) for row in rows]
-    report["not_measured"] = goals.not_measured(report["rows"], report["machine"]) if suite == "cpu" else []
+    if suite == "cpu":
+        report["not_measured"] = goals.not_measured(report["rows"], report["machine"])
+    else:
+        report["not_measured"] = goals.files_not_measured(report["rows"])
+    report["seconds"] = round(time.perf_counter() - start, 1)
+    return report
+
+
+def run_latency(quick: bool = False, log: Callable[[str], None] = print) -> dict[str, Any]:
+    """One linear against its size and the number of tenants, by all threads.
+
+    Args:
+        quick: small shapes and few repetitions; the figures mean nothing.
+        log: called with one line at a time.
+
+    Returns:
+        A dict that JSON can hold: `machine`, `limits`, `checks`, `checked_cases`, `rows`.
+
+    Raises:
+        bitdelta.Error: a kernel differs from the reference, or a measurement failed.
+    """
+    start = time.perf_counter()
+    report = _begin("latency", quick, [machine.cores()], log)
+    report["checks"] = check.kernels(log)
+    report["rows"] = process.run("latency", machine.cores(), quick, log)
+    report["checked_cases"] = _taken(report["rows"])
     report["seconds"] = round(time.perf_counter() - start, 1)
     return report
 
@@ -88,9 +116,12 @@ def run_model(
         whole_number(number, name, 1, 1000)
     start = time.perf_counter()
     shape = "tiny" if quick else shape
-    report: dict[str, Any] = {"suite": "model", "quick": quick, "machine": machine.describe()}
+    report = _begin("model", quick, [get_num_threads()], log)
     report |= {"shape": shape, "layers": layers, "tenants": tenants, "context": model.CONTEXT}
-    report["limits"], report["rows"] = model.measure(shape, layers, tenants, quick, log)
+    report["limits"] = report["limits"][0]
+    report["rows"], report["limits"]["best_ratio"] = model.measure(
+        shape, layers, tenants, quick, report["limits"], log
+    )
     report["goals"] = model_goals.goals(report["rows"], quick)
     report["seconds"] = round(time.perf_counter() - start, 1)
     return report
@@ -104,7 +135,7 @@ def run_calibration(quick: bool = False, log: Callable[[str], None] = print) -> 
         log: called with one line at a time.
 
     Returns:
-        A dict that JSON can hold: `machine`, `checks`, `threads`, `rows`.
+        A dict that JSON can hold: `machine`, `limits`, `checks`, `threads`, `rows`.
 
     Raises:
         bitdelta.Error: a kernel differs from the reference.
@@ -112,7 +143,7 @@ def run_calibration(quick: bool = False, log: Callable[[str], None] = print) -> 
     from . import calibration
 
     start = time.perf_counter()
-    report: dict[str, Any] = {"suite": "calibrate", "quick": quick, "machine": machine.describe()}
+    report = _begin("calibrate", quick, [get_num_threads()], log)
     report["checks"] = check.fitting(log)
     report["threads"] = get_num_threads()
     report["rows"] = calibration.measure(quick, log)
@@ -123,6 +154,18 @@ def run_calibration(quick: bool = False, log: Callable[[str], None] = print) -> 
 def describe(report: dict[str, Any]) -> Iterator[str]:
     """The report as lines of text."""
     yield from machine.lines(report["machine"])
+    if report["suite"] != "model":
+        yield from limits.lines(report["limits"])
+    if report["suite"] == "latency":
+        from . import latency
+
+        yield _checked(report)
+        yield ""
+        yield from latency.describe(report["rows"])
+        yield from _footer(
+            report, "of read: the bytes that the deltas' call needs, a second, relative to reading"
+        )
+        return
     if report["suite"] == "calibrate":
         from . import calibration
 
@@ -138,7 +181,7 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
         yield from _footer(report, "speed: tokens/s relative to the merged models in turn")
         return
     if "checks" in report:
-        yield f"checked against the reference: {report['checks']} results, every bit equal"
+        yield _checked(report)
     for title, rows in _sections(report["rows"]):
         yield ""
         yield from table(goals.COLUMNS, [goals.cells(row) for row in rows], title)
@@ -160,23 +203,29 @@ def _footer(report: dict[str, Any], about: str) -> Iterator[str]:
     yield f"the run took {report['seconds']} s"
 
 
-def _products(threads: int, quick: bool, log: Callable[[str], None]) -> list[dict[str, Any]]:
-    """bench/products.py in a process of its own: BLAS libraries read their thread count at the start."""
-    variables = ("BITDELTA", "OMP", "OPENBLAS", "MKL", "VECLIB")
-    environment = {**os.environ, **{f"{name}_NUM_THREADS": str(threads) for name in variables}}
-    command = [sys.executable, "-m", "bitdelta.bench.products", str(threads), *(["--quick"] if quick else [])]
-    rows = []
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            message = json.loads(line)
-            if "log" in message:
-                log(message["log"])
-            else:
-                rows.append(message)
-    if process.returncode:
-        raise Error(f"the measurement with {threads} threads ended with status {process.returncode}")
-    return rows
+def _begin(suite: str, quick: bool, threads: list[int], log: Callable[[str], None]) -> dict[str, Any]:
+    """A report with the machine and its limits for these numbers of threads, measured before all else."""
+    report: dict[str, Any] = {"suite": suite, "quick": quick, "machine": machine.describe(), "limits": []}
+    for count in threads:
+        report["limits"] += process.run("limits", count, quick, log)
+    for line in limits.lines(report["limits"]):
+        log(line)
+    return report
+
+
+def _taken(rows: list[dict[str, Any]]) -> int:
+    """Takes the rows that say how many cases were checked out of the others; their sum."""
+    found = [row for row in rows if "checked" in row]
+    rows[:] = [row for row in rows if "checked" not in row]
+    return sum(row["checked"] for row in found)
+
+
+def _checked(report: dict[str, Any]) -> str:
+    cases = report["checked_cases"]
+    return (
+        f"checked against the reference: {report['checks']} results, every bit equal; and {cases} timed cases on their "
+        f"own weights, two strips of rows each"
+    )
 
 
 def _sections(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:

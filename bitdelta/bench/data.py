@@ -39,10 +39,11 @@ class Data:
 
     def float_weights(self, N: int, K: int) -> list[Any]:
         """fp32 [N, K], for BLAS."""
-        return [matrix.reshape(N, K) for matrix in _cut(self._floats, N * K)]
+        return [matrix.reshape(N, K) for matrix in _cut(self.floats, N * K)]
 
     @cached_property
-    def _floats(self) -> Any:
+    def floats(self) -> Any:
+        """Every other bf16 number as fp32: as many bytes."""
         words = self.words.view(np.uint32)
         out = aligned_empty((len(words),), np.uint32)
         for begin in range(0, len(out), STEP):

@@ -1,7 +1,9 @@
-"""A packfile's load, and compress against merely reading the same maps, on checkpoints made here.
+"""A packfile's load and hot-swap, and compress, against merely reading the same maps, on checkpoints made here.
 
 The pair is made in a temporary folder (4 GB in all, removed afterwards) and lies in the page cache. Reading
-and compress run in turn, each in a new process, so that both touch every page for the first time.
+and compress run in turn, each in a new process, so that both touch every page for the first time. A hot-swap opens
+a delta and reads all its signs and scales, as the first batch of a tenant does: from the page cache, and from the disk.
+The delta is verified afterwards, its checksums, base and error.
 
     python -m bitdelta.bench.files BASE FINETUNED     # what reading costs: seconds, one JSON number
 """
@@ -24,20 +26,36 @@ from typing import Any
 import numpy as np
 
 from .. import _C
+from ..array import flat_bytes
 from ..errors import Error
 from ..threads import sync
+from . import limits
 
 LAYERS, WIDTH, INNER, VOCABULARY = 4, 4096, 11008, 32000  # 2.1 GB in bf16
 QUICK = (1, 256, 512, 512)
 REPEATS = 5
+SWAPS = 5
 SAMPLE_SECONDS = 0.002  # between two looks at the memory of compress
 
 
-def measure(quick: bool, log: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Rows of kind "load", "memory", "maps" and "compress"."""
+def measure(
+    quick: bool, memory: dict[str, Any], log: Callable[[str], None]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The disk's limits, and rows of kind load, swap, swap cold, memory, maps and compress.
+
+    Args:
+        quick: small checkpoints.
+        memory: the memory's limits (limits.of_threads).
+        log: called with one line at a time.
+
+    Raises:
+        bitdelta.Error: the delta that was written is not good.
+    """
     sizes = QUICK if quick else (LAYERS, WIDTH, INNER, VOCABULARY)
     with tempfile.TemporaryDirectory(prefix="bitdelta-bench-") as folder:
         root = Path(folder)
+        disk = limits.of_disk(root, quick)
+        log(next(limits.lines([disk])))
         log("making two checkpoints" + ("" if quick else " of 2.1 GB each") + f" in {root}")
         shapes = dict(_shapes(*sizes))
         n_bytes, largest = write_pair(root, shapes)
@@ -46,17 +64,18 @@ def measure(quick: bool, log: Callable[[str], None]) -> list[dict[str, Any]]:
         for _ in range(1 if quick else REPEATS):
             reading = _reading_seconds(root)
             runs.append((reading, *_compress(root)))
-        load = _load(root / "delta")
+        load = _load(root / "delta") + _swaps(root / "delta", memory["bandwidth"], disk["read"])
+        _verify(root, log)
     reading, whole = (statistics.median(run[i] for run in runs) for i in (0, 1))
     peaks = [run[2] for run in runs if run[2]]
     rows = [
-        _row("maps", reading, n_bytes),
+        {**_row("maps", reading, n_bytes), "share": n_bytes / reading / memory["bandwidth"]},
         # of the same pair of neighbouring runs, so that a slow minute meets both
         {**_row("compress", whole, n_bytes), "share": statistics.median(run[0] / run[1] for run in runs)},
     ]
     if peaks:
         rows.append({"kind": "memory", "peak_bytes": max(peaks), "times": max(peaks) / largest})
-    return rows + load
+    return disk, rows + load
 
 
 def _row(kind: str, seconds: float, n_bytes: int) -> dict[str, Any]:
@@ -165,22 +184,68 @@ def _anonymous_bytes(pid: int) -> int:
 
 def _load(folder: Path) -> list[dict[str, Any]]:
     """Opens every delta; a byte of sign planes or scales outside the maps of the packfile is a copied one."""
-    from ..delta import Delta
-    from ..packfile import load
-
     if not Path("/proc/self/maps").exists():
         return []
     start = time.perf_counter()
-    packfile = load(str(folder))
-    values = [packfile[name] for name in packfile]
+    arrays = _arrays(folder)
     seconds = time.perf_counter() - start
-    arrays = []
-    for value in values:
-        parts = (value.sign, value.scale, value.column) if isinstance(value, Delta) else (value,)
-        arrays += [part for part in parts if isinstance(part, np.ndarray)]
     maps = list(_maps_of(folder))
     copied = sum(array.nbytes for array in arrays if not _lies_in(array, maps))
     return [{"kind": "load", "microseconds": seconds * 1e6, "bytes": copied}]
+
+
+def _arrays(folder: Path) -> list[Any]:
+    """Every array of a packfile, memory-mapped."""
+    from ..delta import Delta
+    from ..packfile import load
+
+    packfile = load(str(folder))
+    arrays = []
+    for value in (packfile[name] for name in packfile):
+        parts = (value.sign, value.scale, value.column) if isinstance(value, Delta) else (value,)
+        arrays += [part for part in parts if isinstance(part, np.ndarray)]
+    return arrays
+
+
+def _swaps(folder: Path, memory: float, disk: float | None) -> list[dict[str, Any]]:
+    """Opening a delta and reading it: from the page cache, and from the disk where that can be had."""
+    _swap(folder)  # into the page cache
+    warm = [_swap(folder) for _ in range(SWAPS)]
+    found = [("swap", warm, memory)]
+    files = sorted(folder.glob("*.safetensors"))
+    cold = []
+    for _ in range(SWAPS if disk is not None else 0):
+        if all(map(limits.evict, files)):
+            cold.append(_swap(folder))
+    if disk is not None and cold:
+        found.append(("swap cold", cold, disk))
+    if len({fold for _, runs, _ in found for _, _, fold in runs}) != 1:
+        raise Error("reading the same delta again gave other bytes")
+    rows = []
+    for kind, runs, limit in found:
+        seconds, n_bytes = statistics.median(run[0] for run in runs), runs[0][1]
+        row = _row(kind, seconds, n_bytes)
+        rows.append({**row, "calls": len(runs), "share": row["bytes_per_second"] / limit})
+    return rows
+
+
+def _swap(folder: Path) -> tuple[float, int, int]:
+    """Seconds, bytes, and the exclusive or of all words."""
+    sync()
+    start, n_bytes, fold = time.perf_counter(), 0, 0
+    for array in _arrays(folder):
+        n_bytes += array.nbytes
+        fold ^= _C.read(flat_bytes(array))
+    return time.perf_counter() - start, n_bytes, fold
+
+
+def _verify(root: Path, log: Callable[[str], None]) -> None:
+    from ..verify import verify
+
+    report = verify(root / "delta", root / "base", root / "finetuned")
+    if not report["ok"]:
+        raise Error(f"the delta that compress wrote is not good: {'; '.join(report['reasons'])}")
+    log(f"verified the delta: checksums, base, relative error {report['relative_error']:.3f}")
 
 
 def _maps_of(folder: Path) -> Iterator[tuple[int, int]]:

@@ -25,6 +25,8 @@ NAMES = {
     "checksum": "extraction + packing + checksum",
     "expand": "expansion: base + delta",
     "load": "loading a packfile",
+    "swap": "hot-swap: load a delta and read it, cached",
+    "swap cold": "hot-swap: load a delta and read it, from disk",
     "compress": "compress, whole command",
     "maps": "reading the same maps the first time",
     "memory": "compress, peak memory beyond the page cache",
@@ -86,11 +88,16 @@ def not_measured(rows: list[dict[str, Any]], facts: dict[str, Any]) -> list[str]
         lines.append("64 rows of one tenant, AMX (goal 1/2): not measured here (no AMX)")
     if facts.get("torch") is None:
         lines.append("the dense products of PyTorch: not measured here (PyTorch is not installed)")
+    return [*lines, *files_not_measured(rows)]
+
+
+def files_not_measured(rows: list[dict[str, Any]]) -> list[str]:
+    """What this system does not show of files."""
     kinds = {row["kind"] for row in rows}
-    lines += [
-        f"{NAMES[kind]}: not measured here (no /proc)" for kind in ("load", "memory") if kind not in kinds
+    why = {"load": "no /proc", "memory": "no /proc", "swap cold": "the page cache keeps the file"}
+    return [
+        f"{NAMES[kind]}: not measured here ({reason})" for kind, reason in why.items() if kind not in kinds
     ]
-    return lines
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
@@ -123,7 +130,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     against = _GOAL_TEXT["ratio"](ratio)[3:] if ratio else ""
     if "times" in row:
         against = f"{row['times']:.2f} x the largest tensor"
-    if "bytes" in row:
+    if row["kind"] == "load":
         against = f"{row['bytes']:,} bytes copied"
     return [
         row["case"],

@@ -7,7 +7,8 @@
 
 A base and deltas of random bits in the shapes of a named model, with fewer layers and tokens; no two tenants share
 signs. All merged models take the time of one that is larger than the caches, so one stands for all of them, over the
-cache of keys and values of each tenant. First tokens are compared with those of merged models, on a small model.
+cache of keys and values of each tenant. On a small model, first tokens are compared with those of merged models, and
+LoRA's logits with those of weights that have the adapters added.
 """
 
 from __future__ import annotations
@@ -18,21 +19,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .. import _C, threads
+from .. import _C
 from ..batch import current
 from ..checkpoint import open_checkpoint
 from ..errors import Error
 from ..merge import merge
 from ..model import DeltaModel
 from ..packfile import load
-from . import machine
-from .data import FULL, QUICK
 from .decode import Decoder, LoraRows, PeftRows, twin
 from .random_model import config_of, write_base, write_delta
 from .timing import Case, Sample, interleaved
@@ -40,24 +40,22 @@ from .timing import Case, Sample, interleaved
 CONTEXT = 64  # tokens in the cache
 RANKS = 16, 64, 128
 SECONDS, MIN_ROUNDS = 20.0, 5  # of one number of tenants
+LORA_TOLERANCE = 1e-4  # sums in fp32; the adapters move the logits by far more
 LOADS = 9
 LOAD_PAUSE = 0.4  # seconds between two loads beside a running batch
-PEAK = 1024  # rows and columns of the fp32 product that shows the processor's peak
 Log = Callable[[str], None]
 
 
 def measure(
-    shape: str, layers: int, tenants: int, quick: bool, log: Log
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The machine's limits, and rows of kind merged, deltas, lora, peft, base rows, plain and load."""
+    shape: str, layers: int, tenants: int, quick: bool, limits: dict[str, Any], log: Log
+) -> tuple[list[dict[str, Any]], float]:
+    """Rows of kind merged, deltas, lora, peft, base rows, plain and load; and what `limits` allow (`best_ratio`)."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="bitdelta-bench-") as folder:
         root = Path(folder)
         check(root / "check", log)
-        limits = {"threads": threads.get_num_threads(), **_limits(quick)}
-        log(f"reads {limits['bandwidth'] / 1e9:.1f} GB/s, {limits['flops'] / 1e9:.0f} GFLOP/s in fp32")
         log(f"making {shape} of {layers} layers and {tenants} deltas in {root}")
         write_base(root / "base", config_of(shape, layers))
         base = open_checkpoint(root / "base")
@@ -69,8 +67,7 @@ def measure(
             rows += bench.decoding(count)
         if bench.resident is not None and not quick:
             rows.append({"kind": "resident", "tenants": tenants, "bytes": bench.resident})
-        limits["best_ratio"] = bench.best_ratio(limits)
-    return limits, rows
+        return rows, bench.best_ratio(limits)
 
 
 def counts(most: int) -> list[int]:
@@ -103,7 +100,24 @@ def check(root: Path, log: Log) -> None:
         wanted = alone.generate(prompt[row : row + 1], **options)[0]
         if found[row].tolist() != wanted.tolist():
             raise Error(f"row {row} ({who}): {found[row].tolist()}, its merged model says {wanted.tolist()}")
+    _check_lora(model.model, prompt)
     log(f"checked {found[:, 6:].numel()} greedy tokens of {len(names)} rows against merged models: all equal")
+
+
+def _check_lora(model: Any, prompt: torch.Tensor) -> None:
+    """Logits of gathered adapters against those of models whose weights have them added."""
+    adapted = twin(model)
+    lora = LoraRows(adapted, len(prompt), RANKS[0])
+    with lora.installed():
+        found = adapted(prompt).logits
+    for row in range(len(prompt)):
+        merged = deepcopy(model)
+        for path, (a, b) in lora.pairs.items():
+            merged.get_submodule(path).weight += b[row] @ a[row]
+        wanted = merged(prompt[row : row + 1]).logits[0]
+        distance = float((found[row] - wanted).norm() / wanted.norm())
+        if not distance <= LORA_TOLERANCE:
+            raise Error(f"LoRA row {row}: logits {distance:.2g} of their norm away from its merged model's")
 
 
 class Bench:
@@ -241,14 +255,6 @@ def _inside(context: Callable[[], Any], call: Callable[[], Any]) -> Callable[[],
             return call()
 
     return run
-
-
-def _limits(quick: bool) -> dict[str, float]:
-    """Bytes read and fp32 operations a second, with all threads."""
-    buffer = np.zeros((QUICK if quick else FULL) // 8, np.uint64)
-    a, b = torch.rand(PEAK, PEAK), torch.rand(PEAK, PEAK)
-    seconds = statistics.median(_seconds(lambda: a @ b) for _ in range(9))
-    return {"bandwidth": machine.read_bandwidth(buffer, 5), "flops": 2 * PEAK**3 / seconds}
 
 
 def _peft(model: Any, count: int) -> PeftRows | None:

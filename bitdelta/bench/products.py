@@ -1,10 +1,8 @@
 """Delta products, extraction and expansion against the dense product, for one number of threads.
 
-    python -m bitdelta.bench.products THREADS [--quick]     # one JSON object a line: {"log": ...} or a row
-
-Run as a process of its own by `bitdelta bench`, with BLAS set to the same number of threads. Each group of
-cases is timed interleaved, so that a ratio compares what ran side by side. N output rows, K input columns, M rows
-of x.
+Run as a process of its own by `bitdelta bench`, with BLAS set to the same number of threads. Each group of cases is
+timed interleaved, so that a ratio compares what ran side by side, and each case is checked first on the weights that
+it is timed with (strips.py). N output rows, K input columns, M rows of x.
 """
 
 from __future__ import annotations
@@ -12,15 +10,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from .. import _C
+from .. import _C, reference
 from ..array import aligned_empty, empty_like
+from ..errors import Error
 from ..linear import linear
 from ..threads import set_num_threads
-from . import machine
+from . import machine, strips
 from .data import FULL, QUICK, Data, at
 from .timing import Case, Sample, fastest, interleaved
 
@@ -52,11 +52,11 @@ class Bench:
             self.extraction,
         ]
 
-    def dense(self, M: int) -> Cases:
-        """The dense products worth timing: ours, and those of the libraries found here."""
+    def dense(self, M: int, x: Any = None, out: Any = None) -> Cases:
+        """The dense products worth timing: ours, which writes to `out`, and those of the libraries found here."""
         N, K = self.shape
-        x, ids = self.data.rows(M, K), np.full(M, -1)
-        out = empty_like(x, (M, N))
+        x, ids = self.data.rows(M, K) if x is None else x, np.full(M, -1)
+        out = empty_like(x, (M, N)) if out is None else out
 
         def own(turn: int) -> None:
             weight = at(self.weights, turn)
@@ -65,33 +65,51 @@ class Bench:
             else:
                 linear(x, weight, [], ids, out=out)
 
-        rivals = {("dense", "own bf16"): Case(own, self.weight_bytes, self.isas[0])}
+        def check(y: Any) -> None:
+            strips.close(f"own dense product, {M} rows", out, x, self.weights[:1], (), ids)
+
+        rivals = {("dense", "own bf16"): Case(own, self.weight_bytes, self.isas[0], check)}
         return rivals | fastest(rivals | self.libraries(x), RIVAL_FACTOR)
 
     def libraries(self, x: Any) -> Cases:
-        isa, n_bytes, torch = self.isas[0], self.weight_bytes, self.torch
-        wide, floats = (
-            np.left_shift(x.bits, 16, dtype=np.uint32).view(np.float32),
-            self.data.float_weights(*self.shape),
-        )
+        """NumPy's product in fp32, or PyTorch's in bf16 and in fp32."""
+        M, torch = len(x), self.torch
+        wide = np.left_shift(x.bits, 16, dtype=np.uint32).view(np.float32)
+        floats = self.data.float_weights(*self.shape)
+
+        def case(name: str, call: Callable[[int], Any], weights: list[Any], size: int) -> Case:
+            def check(y: Any) -> None:
+                strips.close(f"{name}, {M} rows", y, x, weights[:1], (), np.full(M, -1))
+
+            return Case(call, size * self.weight_bytes, self.isas[0], check)
+
         if torch is None:
-            return {("dense", "NumPy fp32"): Case(lambda turn: wide @ at(floats, turn).T, 2 * n_bytes, isa)}
-        product = torch.nn.functional.linear
+            calls = {"NumPy fp32": (lambda turn: wide @ at(floats, turn).T, floats, 2)}
+        else:
 
-        def half(array: Any) -> Any:
-            return torch.from_numpy(array.bits.view(np.int16)).view(torch.bfloat16)
+            def half(array: Any) -> Any:
+                return torch.from_numpy(array.bits.view(np.int16)).view(torch.bfloat16)
 
-        x16, halves = half(x), list(map(half, self.weights))
-        x32, floats = torch.from_numpy(wide), list(map(torch.from_numpy, floats))
-        return {
-            ("dense", "torch bf16"): Case(lambda turn: product(x16, at(halves, turn)), n_bytes, isa),
-            ("dense", "torch fp32"): Case(lambda turn: product(x32, at(floats, turn)), 2 * n_bytes, isa),
-        }
+            product = torch.nn.functional.linear
+            x16, halves = half(x), list(map(half, self.weights))
+            x32, singles = torch.from_numpy(wide), list(map(torch.from_numpy, floats))
+            calls = {
+                "torch bf16": (lambda turn: product(x16, at(halves, turn)), self.weights, 1),
+                "torch fp32": (lambda turn: product(x32, at(singles, turn)), floats, 2),
+            }
+        return {("dense", name): case(name, *call) for name, call in calls.items()}
 
-    def per_isa(self, kind: str, call: Callable[[int], object], n_bytes: int, scalar: bool = True) -> Cases:
-        """One case for each instruction set of this machine."""
+    def per_isa(
+        self,
+        kind: str,
+        call: Callable[[int], object],
+        n_bytes: int,
+        check: Callable[[str, Any], None],
+        scalar: bool = True,
+    ) -> Cases:
+        """One case for each instruction set of this machine; `check` gets a name and what `call(0)` returned."""
         isas = [isa for isa in self.isas if scalar or isa != "generic" or isa == self.isas[0]]
-        return {(kind, isa): Case(call, n_bytes, isa) for isa in isas}
+        return {(kind, isa): Case(call, n_bytes, isa, partial(check, f"{kind}, {isa}")) for isa in isas}
 
     def delta(self, M: int, scalar: bool = True) -> Cases:
         """M rows of one tenant, the delta's product alone."""
@@ -102,17 +120,24 @@ class Bench:
         def call(turn: int) -> None:
             _C.linear(out, x, None, None, None, [at(self.deltas, turn).handle], ids, "fixed16")
 
-        return self.per_isa("delta", call, self.sign_bytes, scalar)
+        def check(what: str, _: Any) -> None:
+            strips.exact(f"{what}, {M} rows", out, x, self.deltas[:1], ids)
+
+        return self.per_isa("delta", call, self.sign_bytes, check, scalar)
 
     def transposed(self) -> Cases:
         N, K = self.shape
         dy, ids = self.data.rows(1, N), np.zeros(1, np.int64)
         out = empty_like(dy, (1, K))
-        return self.per_isa(
-            "transposed",
-            lambda turn: _C.linear_transposed(out, dy, [at(self.deltas, turn).handle], ids),
-            self.sign_bytes,
-        )
+
+        def call(turn: int) -> None:
+            _C.linear_transposed(out, dy, [at(self.deltas, turn).handle], ids)
+
+        def check(what: str, _: Any) -> None:
+            wanted = reference.linear_transposed(dy, [strips.columns_of(self.deltas[0])], ids)
+            strips.same(what, out[:, : strips.COLUMNS], wanted)
+
+        return self.per_isa("transposed", call, self.sign_bytes, check)
 
     def tenants(self) -> Cases:
         """16 rows of 16 tenants over one base, fused, against one dense product for each of 16 models."""
@@ -130,11 +155,18 @@ class Bench:
                 for i in range(TENANTS):
                     one.call(turn * TENANTS + i)
 
-            return Case(call, one.n_bytes * TENANTS, one.isa)
+            def check(_: Any) -> None:
+                one.verify()
+
+            return Case(call, one.n_bytes * TENANTS, one.isa, check)
+
+        def check(what: str, _: Any) -> None:
+            deltas = [at(self.deltas, i) for i in range(TENANTS)]
+            strips.close(what, out, x, self.weights[:1], deltas, ids)
 
         singles = {(f"{TENANTS} {kind}", name): sixteen(case) for (kind, name), case in self.dense(1).items()}
         n_bytes = self.weight_bytes + TENANTS * self.sign_bytes
-        return singles | self.per_isa("fused", fused, n_bytes, scalar=False)
+        return singles | self.per_isa("fused", fused, n_bytes, check, scalar=False)
 
     def whole(self, M: int) -> Cases:
         """Base and delta of M rows of one tenant."""
@@ -147,9 +179,12 @@ class Bench:
                 x, at(self.weights, turn), [at(self.deltas, turn)], ids, precision=precision, out=out
             )
 
+        def check(what: str, _: Any) -> None:
+            strips.close(f"{what}, {M} rows", out, x, self.weights[:1], self.deltas[:1], ids)
+
         n_bytes = self.weight_bytes + self.sign_bytes
-        exact = self.per_isa("exact", call("fixed16"), n_bytes, scalar=False)
-        return exact | self.per_isa("merged", call("merged"), n_bytes, scalar=False)
+        exact = self.per_isa("exact", call("fixed16"), n_bytes, check, scalar=False)
+        return exact | self.per_isa("merged", call("merged"), n_bytes, check, scalar=False)
 
     def extraction(self) -> Cases:
         """Pairs of weights: read, extracted, and one of them expanded."""
@@ -158,27 +193,48 @@ class Bench:
         sign = aligned_empty(self.deltas[0].sign.shape, np.uint32)
         scale, out = np.empty((1, N), np.float32), empty_like(self.weights[0], (N, K))
 
-        def read(turn: int) -> None:
+        def pair_of(turn: int) -> Any:
             first = turn % (len(self.weights) // 2) * 2
-            _C.read(self.data.words[first * size : (first + 2) * size])
+            return self.data.words[first * size : (first + 2) * size]
+
+        def read(turn: int) -> int:
+            return _C.read(pair_of(turn))
+
+        def check_read(found: int) -> None:
+            if found != int(np.bitwise_xor.reduce(pair_of(0))):
+                raise Error("reading two weights: not all of their words were read")
 
         def extract(checksum: bool) -> Callable[[int], object]:
-            def call(turn: int) -> None:
+            def call(turn: int) -> int | None:
                 first = turn % (len(self.weights) // 2) * 2
                 base, finetuned = self.weights[first : first + 2]
-                _C.extract(base, finetuned, 1, "row", sign, scale, None, checksum)
+                return _C.extract(base, finetuned, 1, "row", sign, scale, None, checksum)
 
             return call
+
+        def check_extract(what: str, checksum: int | None) -> None:
+            base, finetuned = self.weights[:2]
+            for rows in strips.row_strips(N):
+                wanted = reference.extract(base[rows], finetuned[rows])
+                strips.same(what, sign[:, rows.start // strips.ROWS : rows.stop // strips.ROWS], wanted.sign)
+                strips.same(what, scale[:, rows], wanted.scale)
+            if checksum is not None and checksum != _C.crc32c(base.bits):
+                raise Error(f"{what}: its checksum is not that of the base")
 
         def expand(turn: int) -> None:
             _C.expand(out, at(self.weights, turn), at(self.deltas, turn).handle, 0, N)
 
+        def check_expand(what: str, _: Any) -> None:
+            for rows in strips.row_strips(N):
+                wanted = reference.expand(self.weights[0][rows], strips.rows_of(self.deltas[0], rows))
+                strips.same(what, out[rows], wanted)
+
         pair = 2 * self.weight_bytes
         return (
-            {("read", ""): Case(read, pair, self.isas[0])}
-            | self.per_isa("extract", extract(False), pair)
-            | self.per_isa("checksum", extract(True), pair)
-            | self.per_isa("expand", expand, pair + self.sign_bytes)
+            {("read", ""): Case(read, pair, self.isas[0], check_read)}
+            | self.per_isa("extract", extract(False), pair, check_extract)
+            | self.per_isa("checksum", extract(True), pair, check_extract)
+            | self.per_isa("expand", expand, pair + self.sign_bytes, check_expand)
         )
 
 
@@ -204,23 +260,24 @@ def rows_of(cases: Cases, samples: dict[tuple[str, str], Sample], bandwidth: flo
 
 def measure(threads: int, quick: bool, emit: Callable[[dict[str, Any]], None]) -> None:
     set_num_threads(threads)
-    torch = _torch(threads) if threads > 1 or not quick else None
+    torch = torch_of(threads) if threads > 1 or not quick else None
     data = Data(QUICK if quick else FULL)
     bandwidth = machine.read_bandwidth(data.words, 3 if quick else 9)
     name = "1 thread" if threads == 1 else f"{threads} threads"
-    emit({"log": f"{name}: reads {bandwidth / 1e9:.1f} GB/s"})
     counts = (1, TENANTS, 4, 16, 64, 256, None)
     for shape in QUICK_SHAPES if quick else SHAPES:
         bench = Bench(data, shape, quick, torch)
         emit({"log": f"{name}: timing {shape[0]} x {shape[1]}"})
         for M, group in zip(counts, bench.groups(), strict=True):
             cases = group()
+            emit({"checked": sum(case.verify() for case in cases.values())})
             samples = interleaved(cases, bench.seconds, bench.min_rounds)
             for row in rows_of(cases, samples, bandwidth):
                 emit({"shape": shape, "threads": threads, "rows": M, "bandwidth": bandwidth, **row})
 
 
-def _torch(threads: int) -> Any:
+def torch_of(threads: int) -> Any:
+    """PyTorch with as many threads, or None."""
     try:
         import torch
     except ImportError:
@@ -235,7 +292,3 @@ def main() -> None:
         print(json.dumps(message), flush=True)
 
     measure(int(sys.argv[1]), "--quick" in sys.argv, emit)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .. import _C
 
@@ -24,10 +24,23 @@ class Case:
     call: Callable[[int], object]
     n_bytes: int  # read and written by one call
     isa: str  # instruction set of our own kernels
+    check: Callable[[Any], None] | None = (
+        None  # of what `call(0)` returned or wrote; raises where that is wrong
+    )
 
-    def seconds(self, turn: int) -> float:
+    def verify(self) -> bool:
+        """Calls and checks; whether there is a check."""
+        if self.check is not None:
+            self._use_isa()
+            self.check(self.call(0))
+        return self.check is not None
+
+    def _use_isa(self) -> None:
         if _C.isa() != self.isa:
             _C.set_isa(self.isa)
+
+    def seconds(self, turn: int) -> float:
+        self._use_isa()
         start = time.perf_counter()
         self.call(turn)
         return time.perf_counter() - start

@@ -1,6 +1,8 @@
 """Pictures of what was measured; needs matplotlib (`pip install 'bitdelta[plot]'`).
 
-    curves.py    quality against bits, memory and latency against tenants, loss against steps: from --json reports
+    curves.py    quality against bits, memory against tenants, loss against steps: from --json reports
+    latency.py   a decoding step or one linear against tenants, rows and size: from --json reports
+    bars.py      rates beside what memory and disk allow, what fitting costs: from --json reports
     deltas.py    errors of layers, scales, explained variance: from a delta, or a base and its fine-tune
     style.py     axes, and lines that stay apart without colour
     picture.py   what `bitdelta plot NAME INPUT --out FILE` does
@@ -11,7 +13,9 @@ is drawn is a ValueError.
 
 from __future__ import annotations
 
-from .curves import latency, loss, memory, quality
+from .bars import fitting, rates
+from .curves import loss, memory, quality
 from .deltas import layer_errors, scales, variance
+from .latency import latency
 
-__all__ = ["latency", "layer_errors", "loss", "memory", "quality", "scales", "variance"]
+__all__ = ["fitting", "latency", "layer_errors", "loss", "memory", "quality", "rates", "scales", "variance"]

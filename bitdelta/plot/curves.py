@@ -1,4 +1,4 @@
-"""Curves of reports that commands print with --json: `study`, `bench model`, `bench cpu`, `distill`, `info`."""
+"""Curves of reports that commands print with --json: `study`, `bench model`, `distill`, `info`."""
 
 from __future__ import annotations
 
@@ -163,9 +163,9 @@ def memory(report: Report, ax: Any = None) -> Any:
         }
         title = "Memory of many fine-tunes, from the sizes of one"
     else:
-        kinds = _cases(report, ("merged", "deltas", "lora"))
+        kinds = cases_of(report, ("merged", "deltas", "lora"))
         lines = {name: [(r["tenants"], r["bytes"]) for r in rows] for name, rows in kinds.items()}
-        title = f"Memory of many fine-tunes, {_whose(report)}"
+        title = f"Memory of many fine-tunes, {whose(report)}"
     most = max(value for points in lines.values() for _, value in points)
     size, unit = next(
         (size, unit) for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if most >= size
@@ -173,92 +173,12 @@ def memory(report: Report, ax: Any = None) -> Any:
     ax = axes(ax)
     for i, (name, points) in enumerate(lines.items()):
         ax.plot([n for n, _ in points], [value / size for _, value in points], label=name, **line_style(i))
-    _doubling(ax, lines)
+    doubling(ax, lines)
     plain_log(ax, "y")
     return finish(ax, "number of models", f"memory ({unit})", title)
 
 
-def latency(report: Report, against: str | None = None, threads: int | None = None, ax: Any = None) -> Any:
-    """Time of a decoding step against tenants, or of a product against rows or the weight's size.
-
-    Args:
-        report: of `bitdelta bench model`, or of `bitdelta bench cpu`.
-        against: "tenants" for the former; "rows" (of one tenant) or "size" (output rows of the weight, one row of x)
-            for the latter.
-        threads: which of the runs of `bench cpu`; None: the one with the most.
-        ax: matplotlib's axes; None: new ones.
-
-    Returns:
-        ax. Bars of error are half the distance of the 20th and 80th percentiles.
-
-    Raises:
-        ValueError: another report, or something that it does not have.
-    """
-    is_model = report.get("suite") == "model"
-    allowed = ("tenants",) if is_model else ("rows", "size")
-    against = allowed[0] if against is None else against
-    if against not in allowed:
-        raise ValueError(f"against: expected one of {', '.join(allowed)} for this report, got {against!r}")
-    if is_model:
-        kinds = _cases(report, ("merged", "deltas", "lora", "peft", "plain"))
-        lines = {
-            n: [(r["tenants"], r["microseconds"], r["spread"]) for r in rows] for n, rows in kinds.items()
-        }
-        label, title = "tenants, a row each", f"A decoding step, {_whose(report)}"
-    else:
-        lines, label, title = _products(report, against, threads)
-    ax = axes(ax)
-    for i, (name, points) in enumerate(lines.items()):
-        x, y = [p[0] for p in points], [p[1] / 1e3 for p in points]
-        ax.errorbar(x, y, [p[1] * p[2] / 1e3 for p in points], label=name, capsize=2, **line_style(i))
-    if against == "size":
-        whole_ticks(ax, sorted({p[0] for points in lines.values() for p in points}))
-        ax.set_ylim(bottom=0)
-    else:
-        _doubling(ax, lines)
-        plain_log(ax, "y")
-    return finish(ax, label, "time (ms)", title)
-
-
-Points = list[tuple[int, float, float]]  # x, microseconds, spread
-
-
-def _products(report: Report, against: str, threads: int | None) -> tuple[dict[str, Points], str, str]:
-    """The dense product and the delta's, each by its fastest kernel."""
-    rows = [row for row in rows_of(report, "suite") if row.get("kind") in ("dense", "delta")]
-    if not rows:
-        raise ValueError("report: it has no products; expected one of `bitdelta bench cpu --json`")
-    used = sorted({row["threads"] for row in rows})
-    threads = used[-1] if threads is None else threads
-    if threads not in used:
-        raise ValueError(f"threads: expected one of {', '.join(map(str, used))}, got {threads}")
-    rows = [row for row in rows if row["threads"] == threads]
-    shapes = sorted({tuple(row["shape"]) for row in rows})
-    if against == "rows":
-        rows = [row for row in rows if tuple(row["shape"]) == shapes[0]]
-        title = f"A weight of {shapes[0][0]} x {shapes[0][1]}"
-    else:
-        rows = [row for row in rows if row["rows"] == 1]
-        title = "One row of x"
-    names = {"dense": "dense product, the fastest here", "delta": "1-bit delta's product"}
-    lines: dict[str, Points] = {}
-    for kind, name in names.items():
-        best: dict[int, tuple[int, float, float]] = {}
-        for row in rows:
-            x = row["rows"] if against == "rows" else row["shape"][0]
-            if row["kind"] == kind and (x not in best or row["microseconds"] < best[x][1]):
-                best[x] = x, row["microseconds"], row["spread"]
-        lines[name] = [best[x] for x in sorted(best)]
-    widths = ", ".join(str(k) for k in sorted({shape[1] for shape in shapes}))
-    label = (
-        "rows of x, all of one tenant"
-        if against == "rows"
-        else f"output rows of the weight (input columns: {widths})"
-    )
-    return lines, label, f"{title}, {threads} thread{'s' * (threads != 1)}"
-
-
-def _cases(report: Report, kinds: Sequence[str]) -> dict[str, list[Report]]:
+def cases_of(report: Report, kinds: Sequence[str]) -> dict[str, list[Report]]:
     """Name -> rows by falling importance, each sorted by tenants."""
     found = [row for row in rows_of(report, "suite") if "tokens_per_second" in row and row["kind"] in kinds]
     if not found:
@@ -270,13 +190,13 @@ def _cases(report: Report, kinds: Sequence[str]) -> dict[str, list[Report]]:
     return lines
 
 
-def _whose(report: Report) -> str:
+def whose(report: Report) -> str:
     quick = " (--quick: figures mean nothing)" if report.get("quick") else ""
     layers = report["layers"]
     return f"{report['shape']} of {layers} layer{'s' * (layers != 1)}{quick}"
 
 
-def _doubling(ax: Any, lines: Mapping[str, Sequence[Sequence[Any]]]) -> None:
+def doubling(ax: Any, lines: Mapping[str, Sequence[Sequence[Any]]]) -> None:
     ax.set_xscale("log", base=2)
     whole_ticks(ax, sorted({point[0] for points in lines.values() for point in points}))
 

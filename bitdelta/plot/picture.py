@@ -7,7 +7,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,16 @@ import numpy as np
 from ..array import to_float32
 from ..checkpoint import open_checkpoint
 from ..errors import Error, FormatError
-from . import curves, deltas
+from . import bars, curves, deltas
+from .latency import latency
 from .style import missing
 
 PICTURES = {
     "quality": "quality against bits per weight: a report of study",
     "memory": "memory against the number of models: a report of bench model, or a delta",
-    "latency": "time against tenants, rows or size: a report of bench model or bench cpu",
+    "latency": "time against tenants, rows or size: a report of bench latency, model or cpu",
+    "rates": "GB/s beside what memory and disk allow: a report of bench io or bench cpu",
+    "fitting": "seconds of fitting against distillation: a report of bench calibrate",
     "loss": "training loss: a report of distill",
     "layer-errors": "errors by layer and projection: a delta",
     "scales": "histograms of scales: a delta",
@@ -44,6 +47,7 @@ def plot(
     text: str | None = None,
     against: str | None = None,
     threads: int | None = None,
+    at: int | None = None,
     tensor: str | None = None,
     plane: int | None = None,
     error: str | None = None,
@@ -56,7 +60,7 @@ def plot(
         inputs: one report or delta; for "variance" a base and its fine-tune.
         out: FILE.png, .svg or .pdf.
         metric, text: of quality.
-        against, threads: of latency.
+        against, threads, at: of latency.
         tensor: of variance: a glob of tensor names; None: those of the middle layer.
         plane: of scales. error: of layer-errors.
         title: instead of the picture's own.
@@ -76,8 +80,8 @@ def plot(
     if suffix not in SUFFIXES:
         raise ValueError(f"out: expected a file that ends in .{', .'.join(SUFFIXES)}, got {str(out)!r}")
     given = {
-        "metric": metric, "text": text, "against": against, "threads": threads, "tensor": tensor, "plane": plane,
-        "error": error,
+        "metric": metric, "text": text, "against": against, "threads": threads, "at": at, "tensor": tensor,
+        "plane": plane, "error": error,
     }  # fmt: skip
     options = _options(name, {key: value for key, value in given.items() if value is not None})
     count = 2 if name == "variance" else 1
@@ -101,9 +105,17 @@ def plot(
     }
 
 
+REPORTS: dict[str, Callable[..., Any]] = {
+    "quality": curves.quality,
+    "memory": curves.memory,
+    "latency": latency,
+    "rates": bars.rates,
+    "fitting": bars.fitting,
+    "loss": curves.loss,
+}
 USES = {
     "quality": ("metric", "text"),
-    "latency": ("against", "threads"),
+    "latency": ("against", "threads", "at"),
     "layer-errors": ("error",),
     "scales": ("plane",),
     "variance": ("tensor",),
@@ -144,7 +156,7 @@ def _draw(name: str, inputs: list[str], options: dict[str, Any], ax: Any) -> Non
             _size(inputs[0]) if name == "memory" and not Path(inputs[0]).is_file() else _report(inputs[0])
         )
         try:
-            getattr(curves, name)(report, **options, ax=ax)
+            REPORTS[name](report, **options, ax=ax)
         except (KeyError, TypeError, AttributeError) as error:
             raise FormatError(f"{inputs[0]}: not a report that {name} can draw: {error!r}") from error
         except ValueError as error:
