@@ -6,10 +6,13 @@ The data's way through the package, one module a stage:
     delta        finetuned - base -> sign planes and scales     extract, Delta
     packfile     one folder: safetensors + JSON                 compress, load, verify, merge, import_diff
     calibrate    signs and scales fitted to text                calibrate
-    linear       base product + every row's own delta           linear, linear_add, linear_transposed
+    distill      scales trained to the fine-tune's logits       distill
+    tenant       many fine-tunes in one model                   DeltaModel
+    linear       base product + every row's own delta           linear, linear_add, linear_transposed; ops
 
-Around them: `as_bfloat16` names bf16 in plain NumPy; `set_num_threads`, `get_num_threads`; `show_config` prints
-what this build and machine can do; `Error` and its children; `reference` is every numeric function in plain NumPy.
+Around them: `as_bfloat16` names bf16 in plain NumPy; `set_num_threads`, `get_num_threads`; `show_config` prints what
+this build and machine can do; `plot` draws reports and deltas; `Error` and its children; `reference` is every numeric
+function in plain NumPy.
 The arithmetic is C, in `bitdelta._C`; `bitdelta --help` lists the commands.
 """
 

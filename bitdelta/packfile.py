@@ -15,13 +15,19 @@ Keys of the tensors, for NAME of shape [N, K] (a stack of matrices [E, N, K] has
     NAME.rows           [A, K]       the last A rows, which the base does not have; N counts the others
     NAME                as the fine-tune's                       form "whole"
 
+delta_config.json: `format_version` (1), `tool_version`; `base` and `finetuned` (id, revision, name; over a quantised
+base how, and a fingerprint of its files: the tensors' fingerprints are then of the dequantised weights); `files` (where
+the other files come from, and their SHA-256); `absent` (the base's tensors that the fine-tune lacks); with a budget
+`budget`, what was asked, used and left; and `tensors`, their entries by name in the fine-tune's order.
+
 An entry: form (also "same" as the base's, and "tied" to another tensor of the fine-tune), shape and dtype of the
 fine-tune's tensor, planes, rows (A), bytes, sha256 of the keys' bytes in the order above, fingerprint of the base's
-tensor, base_crc32c of the base's elements that were used, relative_error ||d - approximation|| / ||d|| of d =
-finetuned - base on up to 16 rows, evenly spaced; after `calibrate` output_error ||X (d - approximation)^T|| / ||X d^T||
-on inputs X of the layer that were held out, and output_error_before. Of a form chosen by a budget (spend.py) effect,
-the mean squared change of a logit that d makes; "same" with a relative_error (of 1) has changed and is left as the
-base's.
+tensor (SHA-256 over dtype, shape and 16 evenly spaced 4-KiB blocks), base_crc32c of the base's elements that were
+used, relative_error ||d - approximation|| / ||d|| of d = finetuned - base on up to 16 rows, evenly spaced; after
+`calibrate` output_error ||X (d - approximation)^T|| / ||X d^T|| on inputs X of the layer that were held out, and
+output_error_before, and of a stack kept_experts, those that kept their signs. Of a form chosen by a budget (spend.py)
+effect, the mean squared change of a logit that d makes; "same" with a relative_error (of 1) has changed and is left
+as the base's.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ def test_the_sdist_holds_the_sources(sdist):
     wanted = [
         path for folder in ("csrc", "kernels", "bitdelta", "tests") for path in (ROOT / folder).rglob("*")
     ]
-    wanted += [ROOT / name for name in ("README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "setup.py")]
+    top = ("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "pyproject.toml", "setup.py")
+    wanted += [ROOT / name for name in top]
     ends = {
         ".c",
         ".h",
@@ -57,6 +58,7 @@ def test_the_sdist_holds_the_sources(sdist):
         ".toml",
         ".safetensors",
         ".json",
+        ".cff",
         "",
     }
     names = {path.relative_to(ROOT) for path in wanted if path.is_file() and path.suffix in ends}

@@ -1,8 +1,9 @@
-"""The package as a whole: its public names, what importing it loads, and a source tree that is not built."""
+"""The package as a whole: public names, what importing it loads, a tree that is not built, what README links to."""
 
 import doctest
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -98,3 +99,14 @@ def test_the_diagnosis_names_a_wrong_number_of_threads():
     assert done.returncode == 0 and "BITDELTA_NUM_THREADS: expected a whole number" in done.stdout, (
         done.stderr
     )
+
+
+def test_the_links_of_readme_lead_somewhere():
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", readme) if not link.startswith("https://")]
+    assert links and [link for link in links if not (PACKAGE.parent / link).exists()] == []
+
+
+def test_the_citation_is_of_this_version():
+    citation = (PACKAGE.parent / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"version: {bitdelta.__version__}" in citation.splitlines()

@@ -17,7 +17,7 @@ def readme():
 
 def test_the_python_example_runs(readme):
     examples = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert len(examples) == 1
+    assert len(examples) == 1 and sum(map(bool, examples[0].splitlines())) <= 10
     done = subprocess.run(
         [sys.executable, "-c", examples[0]], check=False, capture_output=True, text=True, timeout=120
     )
@@ -47,3 +47,15 @@ def test_the_options_it_names_exist(readme):
 def test_the_two_commands_are_there(readme):
     assert "pip install '.[torch]' && bitdelta demo" in readme
     assert "pip install -e '.[torch,plot,test]' && pytest" in readme
+
+
+def test_every_measured_row_at_the_top_names_a_command_that_exists(readme):
+    from typer.main import get_command
+
+    from bitdelta.cli import app
+
+    top = readme.partition("\n## ")[0]
+    rows = [line for line in top.splitlines() if line.startswith("| ") and "reproduced by" not in line]
+    commands = [re.search(r"`bitdelta ([a-z-]+)[^`]*` \|$", row) for row in rows]
+    assert rows and all(commands)
+    assert {command[1] for command in commands} <= set(get_command(app).commands)
