@@ -17,7 +17,7 @@ def study(
         typer.Argument(metavar="NAME", help=f"{', '.join(STUDIES)}; none: what each of them is."),
     ] = None,
     seed: Annotated[list[int], typer.Option(help="A pair of models each; repeatable.")] = list(SEEDS),  # noqa: B006
-    size: Annotated[str, typer.Option(help="small, or tiny: seconds, and poor models.")] = "small",
+    size: Annotated[str, typer.Option(help="small, wide, bytes, or tiny: poor models, soon.")] = "small",
     folder: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the models here.")] = None,
     table: Annotated[
         int | None, typer.Option(metavar="N", help="Of the paper; the rest is paper's too.")

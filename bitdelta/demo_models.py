@@ -76,6 +76,7 @@ def _train_all(settings: Settings, folder: Path, log: Log) -> None:
         settings.layers,
         settings.heads,
         settings.key_value_heads,
+        settings.hidden**-0.5,
     )
     rows = settings.length, settings.batch
     with seeded(settings.seed):

@@ -136,9 +136,15 @@ def train_tokenizer(vocabulary: int, texts: list[str]) -> Any:
 
 
 def new_llama(
-    tokenizer: Any, hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int
+    tokenizer: Any,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    key_value_heads: int,
+    initial: float,
 ) -> Any:
-    """A Llama with grouped queries and a tied head, at random; fp32."""
+    """A Llama with grouped queries and a tied head, normal at random with deviation `initial`; fp32."""
     import transformers
 
     config = transformers.LlamaConfig(
@@ -150,7 +156,7 @@ def new_llama(
         num_key_value_heads=key_value_heads,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        initializer_range=hidden**-0.5,
+        initializer_range=initial,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,

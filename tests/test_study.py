@@ -11,9 +11,10 @@ pytest.importorskip("transformers")
 
 from bitdelta import study, training
 from bitdelta.cli import main
-from bitdelta.study import budget, original, planes, svd, table
+from bitdelta.study import budget, goals, original, planes, svd, table
+from bitdelta.study.directions import directions, spread
 from bitdelta.study.gradient import replace_linears
-from bitdelta.study.pair import SIZES, make_pair
+from bitdelta.study.pair import BYTES, SIZES, make_pair
 from bitdelta.study.trial import Trial
 
 
@@ -64,7 +65,7 @@ def test_the_command_lists_the_studies_and_refuses_others(capsys):
     assert main(["study", "nothing"]) == 2
     assert "study: expected one of goals, scales, " in capsys.readouterr().err
     assert main(["study", "scales", "--size", "huge"]) == 2
-    assert "size: expected one of small, tiny, got 'huge'" in capsys.readouterr().err
+    assert "size: expected one of small, wide, bytes, tiny, got 'huge'" in capsys.readouterr().err
 
 
 def test_a_budget_errs_no_more_than_uniform_planes_of_its_bytes(tiny_pair, tmp_path, monkeypatch):
@@ -181,6 +182,68 @@ def test_the_original_recipe_trains_everything_and_drops_the_planes_part_of_dx(t
 def test_the_rank_of_equal_bytes():
     assert svd.equal_rank(4096, 4096) == 129  # 128 for the signs, one more for the scales
     assert 2 * svd.equal_rank(256, 768) * (256 + 768) <= 256 * 768 / 8 + 4 * 256
+
+
+def test_a_vocabulary_without_merges_is_the_bytes():
+    text = "for i in range(3):  # \N{GREEK SMALL LETTER PI}\n"
+    tokenizer = training.train_tokenizer(BYTES, [text] * 9)
+    assert len(tokenizer) == BYTES
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("initial", (0.02, 0.2))
+def test_a_new_model_has_the_deviation_asked_for(tiny_pair, initial):
+    model = training.new_llama(tiny_pair.tokenizer, 64, 128, 1, 4, 2, initial)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            assert parameter.std().item() == pytest.approx(initial, rel=0.1), name
+
+
+def test_directions_are_counted_by_their_power():
+    import torch
+
+    assert spread(torch.eye(50)) == pytest.approx({"even": 1, "most": 48 / 50})
+    one = torch.zeros(40, 40)
+    one[3, 3] = 7
+    assert spread(one) == pytest.approx({"even": 1 / 40, "most": 1 / 40})
+    assert spread(torch.diag(torch.tensor([3.0, 1.0]))) == pytest.approx({"even": 16 / 20, "most": 1})
+
+
+def test_directions_are_those_of_the_inputs_of_the_linears(tiny_pair, monkeypatch):
+    from bitdelta.study import directions as module
+
+    seen = []
+
+    def record(total):
+        seen.append(total)
+        return spread(total)
+
+    monkeypatch.setattr(module, "spread", record)
+    found = directions(tiny_pair)
+    assert len(seen) == 7 * tiny_pair.size.layers
+    assert 0 < found["even"] < found["most"] < 1
+    # the first linears read the normed embeddings
+    import torch
+
+    model, tokens = training.load(tiny_pair.finetuned), torch.from_numpy(tiny_pair.calibration)
+    with torch.no_grad():
+        x = model.model.layers[0].input_layernorm(model.model.embed_tokens(tokens)).flatten(0, 1)
+    torch.testing.assert_close(seen[0].float(), x.T @ x, rtol=1e-3, atol=1e-1)
+
+
+def test_goals_say_when_the_best_rate_is_at_an_end():
+    def row(rate, code, prose):
+        return {
+            "label": f"{goals.RECIPE}{rate}",
+            **{text: {"logit_mse": {"values": v}} for text, v in (("code", code), ("prose", prose))},
+        }
+
+    rows = [row("0.1", [3, 3], [1, 3]), row("0.3", [1, 2], [2, 2]), row("1", [2, 3], [3, 1])]
+    assert list(goals.judge([{"label": "base"}, *rows])) == [
+        "best learning rate on code: 0.3, 0.3",
+        "best learning rate on prose: 0.1, 1; AT AN END of those tried: 2",
+    ]
 
 
 def test_goals_compare_seed_by_seed():

@@ -19,6 +19,11 @@ from bitdelta.errors import Error
 from bitdelta.study import memory
 
 
+def test_sizes_are_its_own():
+    with pytest.raises(ValueError, match="size: expected one of small, tiny, got 'wide'"):
+        study.run("memory", size="wide")
+
+
 def test_the_status_of_a_process_is_read_in_bytes():
     before = memory._status(os.getpid())
     kept = np.ones(1 << 27, np.uint8)  # more than malloc keeps for later

@@ -52,7 +52,7 @@ def run(
     Args:
         name: of the study.
         seeds: a pair each.
-        size: "small", or "tiny" (for tests).
+        size: "small", "wide" (begun with larger weights), "bytes" (without merged words) or "tiny" (for tests).
         folder: keeps the models; default ~/.cache/bitdelta/study.
         log: called with one line at a time.
 
@@ -77,9 +77,10 @@ def run(
     from .table import judge, rows_of
     from .trial import Trial
 
-    if size not in SIZES:
-        raise ValueError(f"size: expected one of {', '.join(SIZES)}, got {size!r}")
     module = importlib.import_module(f"{__name__}.{name}")
+    sizes = getattr(module, "SIZES", SIZES)
+    if size not in sizes:
+        raise ValueError(f"size: expected one of {', '.join(sizes)}, got {size!r}")
     start, found = time.perf_counter(), []
     if hasattr(module, "measure"):
         rows = module.measure(seeds, size, log)

@@ -19,7 +19,7 @@ from .. import training
 from .gradient import replace_linears, train_to_logits
 from .pair import Pair
 
-RATES = (1e-4, 3e-4, 1e-3)  # the original's default first
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # the original's default first
 
 
 class SignLinear(nn.Module):  # type: ignore[misc] # torch is Any where it is not installed

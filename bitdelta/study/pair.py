@@ -24,6 +24,7 @@ from ..training import Log, silent
 
 Tokens = NDArray[np.int64]  # [rows, length]
 HELD_OUT = 0.2  # share of each text
+BYTES = 257  # words of a vocabulary without merges: every byte, and the end of a text
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,19 @@ class Size:
     finetune_rate: float
     calibration_tokens: int
     measured_tokens: int  # of each text
+    initial: float  # standard deviation of the random weights that the base begins with
     heads: int = 4
     key_value_heads: int = 2
 
 
+# small begins as transformers' LlamaConfig does: the inputs of its linears have most of their power in few directions
+# (directions.py), as those of larger models. wide is the same but for larger weights to begin with: its inputs have
+# more directions, which leaves fitting less to gain. bytes is small without merged words, and learns less.
 SIZES = {
-    "small": Size(256, 768, 4, 1024, 128, 4, 400, 2e-3, 100, 1e-3, 16384, 4096),
-    "tiny": Size(64, 128, 2, 512, 64, 8, 200, 4e-3, 60, 2e-3, 4096, 2048),  # for tests
+    "small": Size(256, 768, 4, 1024, 128, 4, 400, 2e-3, 100, 1e-3, 16384, 4096, 0.02),
+    "wide": Size(256, 768, 4, 1024, 128, 4, 400, 2e-3, 100, 1e-3, 16384, 4096, 256**-0.5),
+    "bytes": Size(256, 768, 4, BYTES, 128, 4, 400, 2e-3, 100, 1e-3, 16384, 4096, 0.02),
+    "tiny": Size(64, 128, 2, 512, 64, 8, 200, 4e-3, 60, 2e-3, 4096, 2048, 64**-0.5),  # for tests
 }
 
 
@@ -138,7 +145,7 @@ def make_pair(size: Size, seed: int, root: Path | None = None, tune: Tune = FULL
 def _train_base(size: Size, seed: int, folder: Path, log: Log) -> None:
     texts = [training.kept(text, HELD_OUT) for text in (training.prose(), training.code())]
     tokenizer = training.train_tokenizer(size.vocabulary, texts)
-    shape = size.hidden, size.intermediate, size.layers, size.heads, size.key_value_heads
+    shape = size.hidden, size.intermediate, size.layers, size.heads, size.key_value_heads, size.initial
     with training.seeded(seed):
         model = training.new_llama(tokenizer, *shape)
         training.train(
