@@ -6,7 +6,7 @@
 
 The model is built without weights; those of one layer are in memory, in fp32, besides the rows' hidden states. What
 else a layer needs (masks, positions) is what the model gives it. Decoders of transformers run like this; others are
-loaded whole (`Whole`).
+loaded whole (`Whole`). On a GPU the layers run there, or the whole model; embeddings and head stay on the CPU.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .checkpoint import Checkpoint
 from .checkpoint_model import build, checkpoint_names, fused_names
 from .collected import Collector, Stop, Weight, is_multiplied
 from .errors import Error
+from .fitting_device import HOST, Host
 from .inputs import F32
 
 if TYPE_CHECKING:
@@ -60,13 +61,14 @@ class Streamed:
     Args:
         checkpoint: the fine-tune's.
         tokens: [rows, length]; the last `n_held_out` rows are held out.
+        on: where layers run and H is summed.
 
     Raises:
         bitdelta.Error: the model is not one that runs like this; the text says why.
     """
 
-    def __init__(self, checkpoint: Checkpoint, tokens: I64, n_held_out: int) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, tokens: I64, n_held_out: int, on: Host = HOST) -> None:
+        self.checkpoint, self.on = checkpoint, on
         self.model = build(checkpoint, is_empty=True)
         self.names = checkpoint_names(self.model, checkpoint)
         self.fused = fused_names(self.model, checkpoint, self.names)
@@ -109,7 +111,8 @@ class Streamed:
         layer = self.layers[i]
         for path, name in self._parameters(i).items():
             _set(layer, path, self.value(name, values))
-        collector = Collector()
+        layer.to(self.on.device)
+        collector = Collector(on=self.on)
         for path, module in layer.named_modules():
             name = self.names.get(f"{self.prefix}.{i}.{path}.weight", "")
             if name in wanted and is_multiplied(module) is not None:
@@ -118,16 +121,24 @@ class Streamed:
         watch_stacks(collector, parameters, self.names, self.fused, wanted)
         with torch.inference_mode(), collector.watching():
             for at, (rows, is_held_out) in enumerate(self.batches):
-                args, kwargs = self._calls[i, len(rows)]
+                args, kwargs = self._placed(self._calls[i, len(rows)])
                 collector.is_held_out = is_held_out
-                out = layer(torch.from_numpy(self.hidden[at]), *args, **kwargs)
+                out = layer(torch.from_numpy(self.hidden[at]).to(self.on.device), *args, **kwargs)
                 self._is_tuple = isinstance(out, tuple)
                 if keep:
-                    self.hidden[at] = (out[0] if isinstance(out, tuple) else out).float().numpy()
+                    self.hidden[at] = (out[0] if isinstance(out, tuple) else out).float().cpu().numpy()
         collector.close()
         for path in self._parameters(i):
             _set(layer, path, None)
         return collector.weights
+
+    def _placed(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        """What a layer is called with, where it runs."""
+        import torch
+        from torch.utils._pytree import tree_map
+
+        device = self.on.device
+        return tree_map(lambda value: value.to(device) if isinstance(value, torch.Tensor) else value, call)
 
     def value(self, name: str, values: Callable[[str], F32]) -> Any:
         """A parameter of the model, from the checkpoint's tensors."""
@@ -144,7 +155,7 @@ class Streamed:
         module, name = self.model.get_output_embeddings(), self.head_name()
         if module is None or name not in wanted or is_multiplied(module) is None:
             return []
-        collector = Collector(stop=True)
+        collector = Collector(stop=True, on=self.on)
         collector.watch(module, name)
         with torch.inference_mode(), self._outside():
             for (rows, is_held_out), hidden in zip(self.batches, self.hidden, strict=True):
@@ -263,8 +274,9 @@ class Streamed:
 class Whole:
     """A model of any kind, loaded whole; `collect` runs it once for as many weights as fit `most` bytes of H."""
 
-    def __init__(self, checkpoint: Checkpoint, tokens: I64, n_held_out: int) -> None:
-        self.model = build(checkpoint, is_empty=False)
+    def __init__(self, checkpoint: Checkpoint, tokens: I64, n_held_out: int, on: Host = HOST) -> None:
+        self.on = on
+        self.model = build(checkpoint, is_empty=False).to(on.device)
         self.names = checkpoint_names(self.model, checkpoint)
         self.fused = fused_names(self.model, checkpoint, self.names)
         self.batches = _batches(tokens, n_held_out)
@@ -292,7 +304,7 @@ class Whole:
     ) -> list[Weight]:
         import torch
 
-        collector = Collector()
+        collector = Collector(on=self.on)
         for name, module in part:
             collector.watch(module, name)
         watch_stacks(collector, stacks, self.names, self.fused, wanted)
@@ -301,7 +313,7 @@ class Whole:
         with torch.inference_mode(), collector.watching():
             for rows, is_held_out in self.batches:
                 collector.is_held_out = is_held_out
-                self.model(input_ids=torch.from_numpy(rows))
+                self.model(input_ids=torch.from_numpy(rows).to(self.on.device))
         collector.close()
         return collector.weights
 

@@ -28,9 +28,11 @@ from .array import to_float32
 from .calibration_text import HELD_OUT, LENGTH, N_TOKENS, read_tokens
 from .checkpoint import Checkpoint, open_checkpoint
 from .delta import Delta
+from .devices import torch_device
 from .errors import BaseMismatchError, Error
 from .fitting import fit as fit_weight
 from .fitting import output_errors
+from .fitting_device import Host, place
 from .folder import refuse_existing, refuse_full, refuse_inside
 from .forms import VOCABULARY
 from .hidden import State
@@ -58,6 +60,7 @@ def calibrate(
     length: int = LENGTH,
     seed: int = 0,
     progress: bool = False,
+    device: Any = None,
 ) -> dict[str, Any]:
     """Writes the packed delta whose layers do on the text what the fine-tune's do, as nearly as its bits allow.
 
@@ -71,6 +74,8 @@ def calibrate(
         rounds: of fitting signs, then scales.
         n_tokens, length, seed: how many tokens, in rows of which length, drawn by which seed.
         progress: a progress bar on stderr.
+        device: where layers run and are fitted, "cpu" (None) or "cuda": a name of PyTorch, or its torch.device.
+            What is fitted on a GPU may differ where sums of products round apart.
 
     Returns:
         A dict that JSON can hold; `tensors` has the held-out output error of each, before and after, relative to
@@ -79,11 +84,13 @@ def calibrate(
 
     Raises:
         ValueError: an option out of range; NaN or Inf in weights or activations (the text names the layer).
-        bitdelta.Error: a model that cannot be run; BaseMismatchError: the delta is of other checkpoints.
+        bitdelta.Error: a model that cannot be run; BaseMismatchError: the delta is of other checkpoints;
+            DeviceError: a GPU that is not there.
         FileExistsError, OSError: `out_dir` exists or cannot be written.
     """
     start = time.perf_counter()
     _check_options(fit, inputs, rounds)
+    on = place(torch_device(device))
     refuse_existing(Path(out_dir))
     packfile, source, target = load(delta), open_checkpoint(base), open_checkpoint(finetuned)
     refuse_inside(out_dir, source.root, target.root, packfile.root)
@@ -91,7 +98,7 @@ def calibrate(
     _check_finetuned(packfile, target)
     refuse_full(out_dir, sum(entry["bytes"] for entry in packfile.entries.values()))
     tokens = read_tokens(text, target, n_tokens, length, seed)
-    settings = {"fit": fit, "inputs": inputs, "rounds": rounds}
+    settings = {"fit": fit, "inputs": inputs, "rounds": rounds, "device": str(on.device)}
     key = _key(packfile, target, tokens, settings)
     with PackfileWriter(
         out_dir,
@@ -103,7 +110,7 @@ def calibrate(
         key=key,
         budget=packfile.budget,
     ) as writer:
-        run = _Run(packfile, source, target, writer, tokens, key, progress)
+        run = _Run(packfile, source, target, writer, tokens, key, progress, on)
         run.all()
         writer.entries = {name: writer.entries[name] for name in packfile.entries}
     return run.report(out_dir, time.perf_counter() - start)
@@ -151,7 +158,9 @@ class _Run:
         tokens: NDArray[np.int64],
         key: dict[str, Any],
         progress: bool,
+        on: Host,
     ) -> None:
+        self.on = on
         self.packfile, self.source, self.target, self.writer = packfile, source, target, writer
         self.tokens, self.settings = tokens, key
         self.n_held_out = max(1, len(tokens) // HELD_OUT)
@@ -166,7 +175,7 @@ class _Run:
 
         try:
             try:
-                model = Streamed(self.target, self.tokens, self.n_held_out)
+                model = Streamed(self.target, self.tokens, self.n_held_out, self.on)
             except Error as error:
                 if self.settings["inputs"] == "compressed":
                     raise Error(
@@ -174,7 +183,8 @@ class _Run:
                     ) from error
                 self.mode = f"whole model in memory: {error}"
                 self.bar.write(self.mode, file=sys.stderr)
-                for weights in Whole(self.target, self.tokens, self.n_held_out).collect(self._left()):
+                whole = Whole(self.target, self.tokens, self.n_held_out, self.on)
+                for weights in whole.collect(self._left()):
                     self._fit_all(weights)
             else:
                 self.mode = "layer by layer"
@@ -298,7 +308,7 @@ class _Run:
             old, new = (squared_errors(before, after, delta) for delta in (plain, chosen))
         else:
             d = to_float32(after) - to_float32(before)
-            wrong, total = output_errors(d, [plain, chosen], held_out, is_turned)
+            wrong, total = output_errors(d, [plain, chosen], held_out, is_turned, self.on)
             old, new = ((x, total) for x in wrong)
         return (chosen, (old, new)) if new[0] < old[0] else (plain, (old, old))
 
@@ -364,7 +374,7 @@ class _Run:
         return {
             "out": str(out_dir),
             "mode": self.mode,
-            **{name: self.settings[name] for name in ("fit", "inputs", "rounds")},
+            **{name: self.settings[name] for name in ("fit", "inputs", "rounds", "device")},
             "tokens": int(self.tokens.size),
             "held_out_tokens": int(self.tokens[: self.n_held_out].size),
             "fitted": len(fitted),

@@ -22,6 +22,7 @@ from .cli_parts import (
     BASE,
     DEBUG,
     DELTA,
+    DEVICE,
     FINETUNED,
     JSON,
     OUT,
@@ -116,6 +117,7 @@ def compress(
             help="Against the base's weights as quantised: by torchao, bitsandbytes, or in its files."
         ),
     ] = None,
+    device: DEVICE = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Estimate size, memory and time; write nothing.")
     ] = False,
@@ -138,6 +140,7 @@ def compress(
         dry_run=dry_run,
         progress=shows_progress(),
         quantized_base=None if quantized_base is None else quantized_base.value,
+        device=device,
     )
     answer(report, as_json, summary(report, "would write" if dry_run else "wrote", out))
 
@@ -157,6 +160,7 @@ def calibrate(
     tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens to calibrate on.")] = 16384,
     length: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of a row.")] = 128,
     seed: Annotated[int, typer.Option(help="Decides which rows are drawn.")] = 0,
+    device: DEVICE = None,
     as_json: JSON = False,
     debug: DEBUG = False,
 ) -> None:
@@ -177,6 +181,7 @@ def calibrate(
         length=length,
         seed=seed,
         progress=shows_progress(),
+        device=device,
     )
     answer(report, as_json, (*summary(report, "wrote", out), *describe(report)))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .fitting_device import HOST, Host
 from .inputs import F32, Inputs
 
 BLOCK = 512  # columns of H
@@ -23,18 +24,18 @@ class Collected:
     H is symmetric: only what is right of its blocks of the diagonal is summed, until `inputs`.
     """
 
-    def __init__(self, columns: int) -> None:
-        self.hessian = np.zeros((columns, columns), np.float32)
+    def __init__(self, columns: int, on: Host = HOST) -> None:
+        self.on = on
+        self.hessian = on.zeros(columns, columns)
         self.held_out: list[F32] = []
 
     def add(self, x: Any, is_held_out: bool) -> None:
-        import torch
-
         flat = x.detach().reshape(-1, x.shape[-1]).float()
         if is_held_out:
-            self.held_out.append(flat.numpy().copy())
+            self.held_out.append(flat.cpu().numpy().copy())
         else:
-            hessian = torch.from_numpy(self.hessian)
+            hessian = self.on.as_tensor(self.hessian)
+            flat = flat.to(hessian.device)
             for begin in range(0, len(hessian), BLOCK):
                 own = flat[:, begin : begin + BLOCK]
                 hessian[begin : begin + BLOCK, begin:].addmm_(own.T, flat[:, begin:])
@@ -43,19 +44,19 @@ class Collected:
         for begin in range(0, len(self.hessian), BLOCK):
             end = begin + BLOCK
             self.hessian[end:, begin:end] = self.hessian[begin:end, end:].T
-        return Inputs(self.hessian)
+        return Inputs(self.hessian, self.on)
 
 
 class Routed(Collected):
     """The inputs of one expert: the rows routed to it, kept as they are while they are fewer than H would need."""
 
-    def __init__(self, columns: int) -> None:
-        self.columns, self.n_rows = columns, 0
+    def __init__(self, columns: int, on: Host = HOST) -> None:
+        self.on, self.columns, self.n_rows = on, columns, 0
         self.rows: list[F32] = []
         self.held_out = []
 
     def add(self, x: Any, is_held_out: bool) -> None:
-        flat = x.detach().reshape(-1, self.columns).float().numpy().copy()
+        flat = x.detach().reshape(-1, self.columns).float().cpu().numpy().copy()
         if is_held_out:
             self.held_out.append(flat)
             return
@@ -72,7 +73,7 @@ class Routed(Collected):
         import torch
 
         if not hasattr(self, "hessian"):
-            self.hessian = np.zeros((self.columns, self.columns), np.float32)
+            self.hessian = self.on.zeros(self.columns, self.columns)
         for rows in self.rows:
             super().add(torch.from_numpy(rows), False)
         self.rows = []
@@ -122,8 +123,9 @@ def is_multiplied(module: Any) -> bool | None:
 class Collector:
     """Hooks that collect the inputs of modules; modules that read the same input share what is collected."""
 
-    def __init__(self, stop: bool = False) -> None:
+    def __init__(self, stop: bool = False, on: Host = HOST) -> None:
         self.is_held_out = False
+        self.on = on  # where H is summed
         self.weights: list[Weight] = []
         self._stop = stop
         self._hooks: list[Any] = []
@@ -139,7 +141,7 @@ class Collector:
                 if self._last is not None and self._last[0] is x:
                     self._own[module] = self._last[1]
                 else:
-                    self._own[module] = Collected(x.shape[-1])
+                    self._own[module] = Collected(x.shape[-1], self.on)
                     self._leaders.add(module)
                 self._last = (x, self._own[module])
                 self.weights.append(Weight(name, [self._own[module]], bool(is_multiplied(module)), False))
@@ -152,7 +154,7 @@ class Collector:
 
     def watch_stack(self, parameter: Any, names: str | list[list[str]], wanted: Container[str]) -> None:
         """Experts [E, N, K]: `names` is the checkpoint's tensor of them all, or those of each expert."""
-        experts = [Routed(parameter.shape[2]) for _ in range(parameter.shape[0])]
+        experts = [Routed(parameter.shape[2], self.on) for _ in range(parameter.shape[0])]
         self._stacks.append((parameter, experts))
         if isinstance(names, str):
             self.weights.append(Weight(names, experts, False, True))

@@ -53,6 +53,7 @@ def compress(
     dry_run: bool = False,
     progress: bool = False,
     quantized_base: Any = None,
+    device: Any = None,
 ) -> dict[str, Any]:
     """Writes the packed delta of `finetuned` against `base`.
 
@@ -72,6 +73,7 @@ def compress(
         quantized_base: take the delta from what the base computes with when it is quantised like this, and so repair
             what that loses: "int8", "bnb-int8", "bnb-nf4", "stored" or a config of transformers; see
             `bitdelta.quantized`. The sizes of `dry_run` are those without.
+        device: where to calibrate on the text (`bitdelta.calibrate`); a budget's errors are measured on the CPU.
 
     Returns:
         A dict that JSON can hold: counts, parameters and share of each form, bytes, factor, relative error, speed.
@@ -83,14 +85,26 @@ def compress(
         FileExistsError, OSError: `out_dir` exists or cannot be written.
     """
     whole = (whole,) if isinstance(whole, str) else tuple(whole)
-    _check_options(planes, scale, text, fit, budget, dry_run)
+    _check_options(planes, scale, text, fit, budget, dry_run, device)
     refuse_existing(Path(out_dir))
     if quantized_base is not None and not dry_run:
         from .quantized import dequantized
 
         with dequantized(base, quantized_base, out_dir) as weights:
             return compress(
-                weights, finetuned, out_dir, planes, scale, whole, text, fit, budget, progress=progress
+                weights,
+                finetuned,
+                out_dir,
+                planes,
+                scale,
+                whole,
+                text,
+                fit,
+                budget,
+                False,
+                progress,
+                None,
+                device,
             )
     source, target = open_checkpoint(base), open_checkpoint(finetuned)
     refuse_inside(out_dir, source.root, target.root)
@@ -99,7 +113,9 @@ def compress(
         return _estimate(plans, absent, out_dir, source, budget)
     if text is None:
         return _pack(source, target, out_dir, plans, absent, None, progress)
-    return _calibrated((base, finetuned), source, target, out_dir, plans, absent, text, fit, budget, progress)
+    return _calibrated(
+        (base, finetuned), source, target, out_dir, plans, absent, text, fit, budget, progress, device
+    )
 
 
 def _pack(
@@ -151,6 +167,7 @@ def _calibrated(
     fit: str,
     budget: float | None,
     progress: bool,
+    device: Any,
 ) -> dict[str, Any]:
     """Packs into a folder beside the target, and calibrates from there."""
     from .calibrate import calibrate
@@ -164,7 +181,7 @@ def _calibrated(
         if budget is not None:
             plans = spend(plans, target, text, out_dir, budget, fit, progress)
         report = _pack(source, target, plain, plans, absent, budget, progress)
-        found = calibrate(*given, plain, text, out_dir, fit, progress=progress)
+        found = calibrate(*given, plain, text, out_dir, fit, progress=progress, device=device)
     finally:
         shutil.rmtree(plain, ignore_errors=True)
         forget(out_dir)
@@ -175,7 +192,9 @@ def _calibrated(
     return {**report, "seconds": round(time.perf_counter() - start, 3)}
 
 
-def _check_options(planes: int, scale: str, text: Any, fit: str, budget: Any, dry_run: bool) -> None:
+def _check_options(
+    planes: int, scale: str, text: Any, fit: str, budget: Any, dry_run: bool, device: Any
+) -> None:
     if type(planes) is not int or not 1 <= planes <= 8:
         raise ValueError(f"planes: expected 1 to 8, got {planes!r}")
     if scale not in FORMS:
@@ -184,6 +203,12 @@ def _check_options(planes: int, scale: str, text: Any, fit: str, budget: Any, dr
         raise ValueError(f"fit: expected 'signs' or 'scales', got {fit!r}")
     if fit != "signs" and text is None:
         raise ValueError(f"fit: {fit!r} needs a text to fit to")
+    if device is not None:
+        if text is None:
+            raise ValueError(f"device: {device!r} is for calibrating on a text")
+        from .devices import torch_device
+
+        torch_device(device)  # before anything is written
     if budget is not None:
         if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= MAX_BITS:
             raise ValueError(

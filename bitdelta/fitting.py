@@ -10,7 +10,8 @@
 
 A weight that the layer multiplies from the other side, as GPT-2's Conv1D [in, out], is fitted turned around: its row
 scales are then scales of columns. Error feedback is GPTQ's (arXiv 2210.17323), here on the difference of two weights
-with levels that are fitted too. NumPy's BLAS does the rest; no gradients, no PyTorch. A weight with row scales is
+with levels that are fitted too. The rest is products of matrices, by NumPy on the CPU and
+by PyTorch on a GPU (fitting_device.py); no gradients. A weight with row scales is
 fitted some rows at a time (fitting_rows.py), where each row keeps its best; the other forms know one error, of the
 whole weight.
 """
@@ -22,11 +23,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _C, threads
 from .array import Tensor, aligned_empty, to_float32
 from .delta import Delta, extract
-from .fitting_rows import Bits, Rows, copy, expand_rows, solve
-from .inputs import F32, Inputs
+from .fitting_device import HOST, Bits, Host, Matrix
+from .fitting_rows import Rows, copy, expand_rows, solve
+from .inputs import F32, Inputs, add_to_diagonal
 from .reference import pack
 
 COLUMN_DAMPING = 0.01  # of a step of the column scales
@@ -48,7 +49,7 @@ def fit(
 
     Args:
         base, finetuned, planes, scale: as of `bitdelta.extract`.
-        inputs: of the layer that multiplies with the weight.
+        inputs: of the layer that multiplies with the weight; the work is done where they are.
         rounds: of signs, then scales.
         fit: "signs" (and scales), or "scales": the signs stay those of `extract`, but for rows and columns whose
             best scale is negative: they turn over.
@@ -100,7 +101,8 @@ class _Fit:
     """Signs and scales on their way, turned so that inputs meet columns; `best` is the delta of least error."""
 
     def __init__(self, d: F32, inputs: Inputs, start: Delta, is_turned: bool) -> None:
-        self.d, self.inputs, self.form, self.is_turned = d, inputs, start.form, is_turned
+        self.inputs, self.on, self.form, self.is_turned = inputs, inputs.device, start.form, is_turned
+        self.d, self.shape = self.on.put(d), d.shape
         self.sign, self.row, self.column = start.sign, start.scale, start.column
         self.has_rows = start.form != "row" or not is_turned
         self.has_columns = start.form == "rank1" or start.form == "row" and is_turned
@@ -119,13 +121,13 @@ class _Fit:
         wrong = 0.0
         for rows in self._parts():
             left = self._left(rows)
-            wrong += float(np.einsum("nk,nk->", left, self.inputs.weigh(left), dtype=np.float64))
+            wrong += float(self.on.dots(left, self.inputs.weigh(left)).sum())
         if wrong >= self.least:
             return
         self.least = wrong
         self._own_best = self.sign, self.row, self.column
         row, column, sign = self.row, self.column, self.sign
-        shape = self.d.shape
+        shape = self.shape
         if self.is_turned:
             sign, shape = turn(sign, shape), shape[::-1]
             if self.form == "tensor":
@@ -141,21 +143,18 @@ class _Fit:
 
     def sweep(self) -> None:
         """Every column in turn moves to the level nearest to q + G / H[k, k], G = left H, which lowers the error."""
-        threads.sync()
         sign = copy(self.sign)
         for rows in self._parts():
             strips = slice(rows.start // 16, -(-rows.stop // 16))
             part, pull = copy(sign[:, strips]), self.inputs.weigh(self._left(rows))
             row = np.ascontiguousarray(self.row[:, rows])
-            _C.sweep(pull, self.inputs.damped, row, self.column, part)
+            self.on.sweep(pull, self.inputs.damped, row, self.column, part)
             sign[:, strips] = part
         self.sign = sign
 
     def fit_signs(self) -> None:
-        threads.sync()
-        sign = aligned_empty(self.sign.shape, np.uint32)
-        _C.fit_signs(self.d, self.inputs.factor, self.inputs.order, self.row, self.column, sign)
-        self.sign = sign
+        inputs = self.inputs
+        self.sign = self.on.fit_signs(self.d, inputs.factor, inputs.order, self.row, self.column)
 
     def fit_scales(self) -> None:
         if self.has_rows:
@@ -168,42 +167,39 @@ class _Fit:
 
     def _fit_rows(self) -> None:
         """For every row the P scales that minimise (d - sum_p a_p z_p) H (...)^T, z_p = s_p * column_p."""
-        N, P = self.d.shape[0], len(self.row)
+        N, P = self.shape[0], len(self.row)
         left, right = np.empty((N, P, P)), np.empty((N, P))
         for rows in self._parts():
             z = [self._plane(p, rows) for p in range(P)]
             for p in range(P):
                 weighted = self.inputs.weigh(z[p])
-                right[rows, p] = np.einsum("nk,nk->n", weighted, self.d[rows], dtype=np.float64)
+                right[rows, p] = self.on.dots(weighted, self.d[rows])
                 for q in range(P):
-                    left[rows, p, q] = np.einsum("nk,nk->n", weighted, z[q], dtype=np.float64)
+                    left[rows, p, q] = self.on.dots(weighted, z[q])
         if self.form == "tensor":
             row = np.repeat(solve(left.sum(0)[None], right.sum(0)[None]), N, axis=0)
         else:
             row = solve(left, right)
         negative = row.T < 0
         for p in range(P):
-            self._flip(p, negative[p], np.ones(self.d.shape[1], np.bool_))
+            self._flip(p, negative[p], np.ones(self.shape[1], np.bool_))
         self.row = np.ascontiguousarray(np.abs(row.T), np.float32)
 
     def _fit_column(self, p: int) -> None:
         """The K column scales of plane p, the rest as it is: (H * Z^T Z) step = sum over rows of Z * (left H)."""
         assert self.column is not None
-        N, K = self.d.shape
-        square, right = np.zeros((K, K), np.float32), np.zeros(K)
+        N, K = self.shape
+        square, right = self.on.zeros(K, K), np.zeros(K)
         for rows in self._parts():
-            z = self._plane(p, rows, with_column=False) * self.row[p, rows, None]
+            z = self._plane(p, rows, with_column=False) * self.on.put(self.row[p, rows, None])
             square += z.T @ z
-            right += np.einsum("nk,nk->k", z, self.inputs.weigh(self._left(rows)), dtype=np.float64)
-        if self.inputs.is_diagonal:
-            square *= np.diag(self.inputs.damped)
-        else:
-            square *= self.inputs.damped
-        more = COLUMN_DAMPING * float(np.diagonal(square).mean(dtype=np.float64))
+            right += self.on.column_dots(z, self.inputs.weigh(self._left(rows)))
+        square *= self.on.diagonal(self.inputs.damped) if self.inputs.is_diagonal else self.inputs.damped
+        more = COLUMN_DAMPING * float(self.on.get(square.diagonal()).mean(dtype=np.float64))
         if not more > 0:  # a plane of zeros
             return
-        square[np.diag_indices(K)] += np.float32(more)
-        column = self.column[p] + np.linalg.solve(square, right.astype(np.float32))
+        add_to_diagonal(square, np.float32(more))
+        column = self.column[p] + self.on.solve(square, right.astype(np.float32))
         mean = np.abs(column).mean() if self.has_rows else np.float32(1)
         if not (np.isfinite(column).all() and mean > 0):
             return
@@ -216,30 +212,22 @@ class _Fit:
         """Scales are never negative: the signs of such rows and columns turn over instead."""
         if not (rows.any() and columns.any()):
             return
-        N, K = self.d.shape
         sign = copy(self.sign)
         sign[p] ^= pack(rows[:, None] & columns)
         self.sign = sign
 
     def _parts(self) -> list[slice]:
-        N = self.d.shape[0]
+        N = self.shape[0]
         return [slice(begin, min(begin + ROWS, N)) for begin in range(0, N, ROWS)]
 
-    def _left(self, rows: slice) -> F32:
-        return self.d[rows] - expand_rows(
-            Delta(self.sign, self.row, self.column, self.d.shape, self._own), rows
-        )
+    def _left(self, rows: slice) -> Matrix:
+        return self.d[rows] - self.on.expand(self.sign, self.row, self.column, self.shape, rows)
 
-    @property
-    def _own(self) -> str:
-        return "row" if self.column is None else "rank1"
-
-    def _plane(self, p: int, rows: slice, with_column: bool = True) -> F32:
+    def _plane(self, p: int, rows: slice, with_column: bool = True) -> Matrix:
         """+-1, times the column scales: fp32 [rows, K]."""
         column = None if self.column is None or not with_column else self.column[p : p + 1]
-        ones = np.ones((1, self.d.shape[0]), np.float32)
-        form = "row" if column is None else "rank1"
-        return expand_rows(Delta(self.sign[p : p + 1], ones, column, self.d.shape, form), rows)
+        ones = np.ones((1, self.shape[0]), np.float32)
+        return self.on.expand(self.sign[p : p + 1], ones, column, self.shape, rows)
 
 
 def turn(sign: Bits, shape: tuple[int, int]) -> Bits:
@@ -258,18 +246,23 @@ def output_error(d: F32, delta: Delta | None, x: Any, is_turned: bool = False) -
     return (wrong[0] if wrong else 0.0), total
 
 
-def output_errors(d: F32, deltas: list[Delta], x: Any, is_turned: bool = False) -> tuple[list[float], float]:
-    """The same of several deltas."""
+def output_errors(
+    d: F32, deltas: list[Delta], x: F32, is_turned: bool = False, on: Host = HOST
+) -> tuple[list[float], float]:
+    """The same of several deltas, on a device."""
     wrong, total = [0.0] * len(deltas), 0.0
+    placed = on.put(x)
     for begin in range(0, len(d), len(d) if is_turned else ROWS):
         rows = slice(begin, len(d) if is_turned else min(begin + ROWS, len(d)))
-        total += _power(x @ d if is_turned else x @ d[rows].T)
+        part = on.put(d[rows])
+        total += _power(placed, part, is_turned, on)
         for i, delta in enumerate(deltas):
-            left = d[rows] - expand_rows(delta, rows)
-            wrong[i] += _power(x @ left if is_turned else x @ left.T)
+            left = part - on.expand(delta.sign, delta.scale, delta.column, delta.shape, rows)
+            wrong[i] += _power(placed, left, is_turned, on)
     return wrong, total
 
 
-def _power(y: F32) -> float:
-    """The sum of squares."""
-    return float(np.einsum("mn,mn->", y, y, dtype=np.float64))
+def _power(x: Matrix, weight: Matrix, is_turned: bool, on: Host) -> float:
+    """The sum of the squares of what the layer makes of x."""
+    y = x @ (weight if is_turned else weight.T)
+    return float(on.dots(y, y).sum())

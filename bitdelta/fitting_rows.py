@@ -13,27 +13,27 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _C, threads
 from .array import aligned_empty
 from .delta import Delta
-from .inputs import F32, Inputs
+from .fitting_device import F32, F64, HOST, Bits, Matrix
+from .inputs import Inputs
 from .reference import pack
-
-F64 = NDArray[np.float64]
-Bits = NDArray[np.uint32]
 
 
 class Rows:
     """d fp32 [N, K], sign [P, S, L, 16], scale fp32 [P, N] where it begins; `best_*` is what it came to."""
 
     def __init__(self, d: F32, inputs: Inputs, sign: Bits, scale: F32) -> None:
-        self.d, self.inputs = d, inputs
+        self.inputs, self.on = inputs, inputs.device
+        self.d = self.on.put(d)
+        self.shape = d.shape
         self.sign, self.scale = copy(sign), scale
-        self.target = inputs.weigh(d)
-        self.products: list[F32] | None = None
+        self.target = inputs.weigh(self.d)
+        self.products: list[Matrix] | None = None
         self.pull = self.target
         self.least = np.full(len(d), np.inf)
-        self.best_sign, self.best_scale, self.best_pull = copy(sign), scale.copy(), np.empty_like(d)
+        self.best_sign, self.best_scale = copy(sign), scale.copy()
+        self.best_pull = self.on.zeros(*d.shape)
 
     def fit(self, rounds: int, sweeps: int, fit: str) -> None:
         self.fit_scales()
@@ -52,69 +52,67 @@ class Rows:
             self.keep()
 
     def fit_signs(self) -> None:
-        threads.sync()
-        sign = aligned_empty(self.sign.shape, np.uint32)
-        _C.fit_signs(self.d, self.inputs.factor, self.inputs.order, self.scale, None, sign)
-        self.sign, self.products = sign, None
+        self.sign = self.on.fit_signs(self.d, self.inputs.factor, self.inputs.order, self.scale, None)
+        self.products = None
 
     def sweep(self) -> bool:
         """Every column in turn moves to the level that lowers the error most; whether any did."""
-        threads.sync()
         before = copy(self.sign)
-        _C.sweep(self.pull, self.inputs.damped, self.scale, None, self.sign)
+        self.on.sweep(self.pull, self.inputs.damped, self.scale, None, self.sign)
         self.products = self._from_pull()
         return not np.array_equal(before, self.sign)
 
     def go_back(self) -> None:
         """To where each row's error was the least."""
         self.sign, self.scale = copy(self.best_sign), self.best_scale.copy()
-        self.pull = self.best_pull.copy()
+        self.pull = self.on.copy(self.best_pull)
         self.products = self._from_pull()
 
     def fit_scales(self) -> None:
         """For every row the P scales that minimise (d - sum_p a_p z_p) H (...)^T; negative ones turn their signs."""
-        N, P = len(self.d), len(self.sign)
+        N, P = self.shape[0], len(self.sign)
         z = [self._plane(p) for p in range(P)]
         products = self.products or [self.inputs.weigh(plane) for plane in z]
         left, right = np.empty((N, P, P)), np.empty((N, P))
         for p in range(P):
-            right[:, p] = dots(products[p], self.d)
+            right[:, p] = self.on.dots(products[p], self.d)
             for q in range(P):
-                left[:, p, q] = dots(products[p], z[q])
+                left[:, p, q] = self.on.dots(products[p], z[q])
         scale = solve(left, right)
-        pull = self.target.copy()
+        pull = self.on.copy(self.target)
         for p in range(P):
-            pull -= products[p] * scale[:, p, None].astype(np.float32)
+            pull -= products[p] * self.on.put(scale[:, p, None].astype(np.float32))
             self._turn_over(p, scale[:, p] < 0)
         self.scale = np.ascontiguousarray(np.abs(scale.T), np.float32)
         self.pull, self.products = pull, None
 
     def keep(self) -> None:
         """Remembers each row's state where its error is the least so far."""
-        q = expand_rows(Delta(self.sign, self.scale, None, self.d.shape), slice(0, len(self.d)))
-        wrong = dots(self.d - q, self.pull)
+        wrong = self.on.dots(self.d - self._expanded(self.sign, self.scale), self.pull)
         better = wrong < self.least
         self.least[better] = wrong[better]
         self.best_scale[:, better] = self.scale[:, better]
-        self.best_pull[better] = self.pull[better]
+        self.on.take_rows(self.best_pull, self.pull, better)
         mask = _by_strip(better, self.sign)
         np.copyto(self.best_sign, self.sign, where=mask[None, :, None, :])
 
-    def _from_pull(self) -> list[F32] | None:
+    def _from_pull(self) -> list[Matrix] | None:
         """The product of one plane; rows without a scale never move, so that theirs does not matter."""
         if len(self.sign) > 1:
             return None
         scale: F32 = np.where(self.scale[0] > 0, self.scale[0], np.float32(1))
-        return [(self.target - self.pull) / scale[:, None]]
+        return [(self.target - self.pull) / self.on.put(scale[:, None])]
 
-    def _plane(self, p: int) -> F32:
+    def _plane(self, p: int) -> Matrix:
         """+-1, fp32 [N, K]."""
-        ones = np.ones((1, len(self.d)), np.float32)
-        return expand_rows(Delta(self.sign[p : p + 1], ones, None, self.d.shape), slice(0, len(self.d)))
+        return self._expanded(self.sign[p : p + 1], np.ones((1, self.shape[0]), np.float32))
+
+    def _expanded(self, sign: Bits, scale: F32) -> Matrix:
+        return self.on.expand(sign, scale, None, self.shape, slice(0, self.shape[0]))
 
     def _turn_over(self, p: int, rows: NDArray[np.bool_]) -> None:
         if rows.any():
-            used = pack(np.ones((1, self.d.shape[1]), np.bool_))[
+            used = pack(np.ones((1, self.shape[1]), np.bool_))[
                 0, :, 0
             ]  # the bits of a row that are no padding
             mask = _by_strip(rows, self.sign)
@@ -127,12 +125,6 @@ def _by_strip(rows: NDArray[np.bool_], sign: Bits) -> NDArray[np.bool_]:
     return np.pad(rows, (0, n_strips * width - len(rows))).reshape(n_strips, width)
 
 
-def dots(a: F32, b: F32) -> F64:
-    """Row by row the sum of a b, in fp64."""
-    out: F64 = np.einsum("nk,nk->n", a, b, dtype=np.float64)
-    return out
-
-
 def solve(left: F64, right: F64) -> F64:
     """P equations for each row; planes that are the same share what they have."""
     P = left.shape[-1]
@@ -143,9 +135,7 @@ def solve(left: F64, right: F64) -> F64:
 
 def expand_rows(delta: Delta, rows: slice) -> F32:
     """The delta alone, fp32 [rows, K]."""
-    threads.sync()
-    out = np.empty((rows.stop - rows.start, delta.shape[1]), np.float32)
-    _C.expand(out, None, delta.handle, rows.start, rows.stop)
+    out: F32 = HOST.expand(delta.sign, delta.scale, delta.column, delta.shape, rows)
     return out
 
 
