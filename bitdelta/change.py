@@ -6,7 +6,8 @@
     LowRank    base + scale * B A (LoRA)
     Converted  made of several checkpoint tensors, as transformers fuses or splits them while loading
 
-Each has `expand(parameter)`: the tenant's value in the parameter's dtype, as a merged checkpoint would hold it.
+Each has `expand(parameter)`: the tenant's value in the parameter's dtype, as a merged checkpoint would hold it; and
+`moved(move)`: the same with every tensor x as `move(x)`, another place of the same values.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import torch_delta
 from .array import BFloat16Array
 from .delta import Delta
+from .torch_delta import TorchDelta
+
+Move = Callable[[Tensor], Tensor]
 
 
 def as_torch(array: Any) -> Tensor:
@@ -34,9 +39,9 @@ def as_torch(array: Any) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """round(base[:N] + delta), then `rows`."""
+    """round(base[:N] + delta), then `rows`. The delta is a TorchDelta in a GPU's memory, where the model is."""
 
-    delta: Delta
+    delta: Delta | TorchDelta
     rows: Tensor | None = None  # [A, K]
 
     @property
@@ -52,23 +57,46 @@ class Packed:
         n = self.delta.shape[0]
         base = parameter.detach()[:n]
         wide: Tensor = self.delta.expand(base.contiguous())
-        return wide if self.rows is None else torch.cat([wide, self.rows.to(wide.dtype)])
+        return wide if self.rows is None else torch.cat([wide, self.rows.to(wide)])
+
+    def moved(self, move: Move) -> Packed:
+        parts = torch_delta.as_torch(self.delta)
+        column = None if parts.column is None else move(parts.column)
+        delta = TorchDelta(move(parts.sign), move(parts.row), column, parts.shape)
+        return Packed(delta, None if self.rows is None else move(self.rows))
 
     def gather(self, tokens: Tensor, base: Tensor) -> Tensor:
         """Rows `tokens` [T] of the tenant's table in fp32, where `base` [T, K] are the base's, clipped to its table."""
-        n, k = self.delta.shape
-        index = tokens.clamp(max=n - 1).numpy()
-        words = np.ascontiguousarray(np.asarray(self.delta.sign)[:, index // 16, :, index % 16])  # [T, P, L]
-        signs = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little", count=k)
-        scale = np.asarray(self.delta.scale)[:, index].T[..., None]
-        terms = (signs.astype(np.float32) * 2 - 1) * (
-            scale if self.delta.column is None else scale * self.delta.column
+        n = self.delta.shape[0]
+        known = tokens.clamp(max=n - 1)
+        terms = (
+            _terms(self.delta, known) if isinstance(self.delta, Delta) else _torch_terms(self.delta, known)
         )
-        total = torch.from_numpy(np.ascontiguousarray(terms.sum(1, dtype=np.float32))) + base.float()
+        total = terms + base.float()
         if self.rows is not None:
-            added = tokens >= n
-            total[added] = self.rows[tokens[added] - n].float()
+            added = self.rows[(tokens - n).clamp(min=0)].float()
+            total = torch.where((tokens >= n)[:, None], added, total)
         return total
+
+
+def _terms(delta: Delta, tokens: Tensor) -> Tensor:
+    """The planes' sum at rows `tokens` [T], fp32 [T, K], from memory that may be a map of the file."""
+    index = tokens.numpy()
+    words = np.ascontiguousarray(np.asarray(delta.sign)[:, index // 16, :, index % 16])  # [T, P, L]
+    signs = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little", count=delta.shape[1])
+    scale = np.asarray(delta.scale)[:, index].T[..., None]
+    terms = (signs.astype(np.float32) * 2 - 1) * (scale if delta.column is None else scale * delta.column)
+    return torch.from_numpy(np.ascontiguousarray(terms.sum(1, dtype=np.float32)))
+
+
+def _torch_terms(delta: TorchDelta, tokens: Tensor) -> Tensor:
+    """The same on a GPU."""
+    scale = delta.row[:, tokens].T[..., None]
+    terms = delta.signs_of(tokens) * (scale if delta.column is None else scale * delta.column)
+    total = terms[:, 0]
+    for p in range(1, delta.planes):
+        total = total + terms[:, p]
+    return total
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +116,12 @@ class Stack:
     @property
     def shape(self) -> tuple[int, ...]:
         return len(self.parts), self.bounds[-1][1], self.columns
+
+    def moved(self, move: Move) -> Stack:
+        parts = tuple(
+            tuple(None if part is None else part.moved(move) for part in parts) for parts in self.parts
+        )
+        return Stack(self.bounds, parts, self.columns)
 
     @property
     def nbytes(self) -> int:
@@ -119,6 +153,9 @@ class Whole:
     def expand(self, parameter: Tensor) -> Tensor:
         return self.tensor.to(parameter.dtype) if parameter.is_floating_point() else self.tensor
 
+    def moved(self, move: Move) -> Whole:
+        return Whole(move(self.tensor))
+
     def gather(self, tokens: Tensor, base: Tensor) -> Tensor:
         return self.tensor[tokens]
 
@@ -141,6 +178,9 @@ class LowRank:
     def nbytes(self) -> int:
         return self.a.nbytes + self.b.nbytes
 
+    def moved(self, move: Move) -> LowRank:
+        return LowRank(move(self.a), move(self.b), self.scale, self.is_transposed)
+
     def product(self, x: Tensor) -> Tensor:
         """scale * B A x, computed in the adapter's dtype, as PEFT does."""
         return (x.to(self.a.dtype) @ self.a.T) @ self.b.T * self.scale
@@ -157,17 +197,20 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Converted:
-    """Made on the fly by transformers' own conversion of the tenant's checkpoint tensors."""
+    """Made on the fly, in the host's memory, by transformers' own conversion of the tenant's checkpoint tensors."""
 
     make: Callable[[], Tensor]
     shape: tuple[int, ...]
     nbytes: int = 0
 
     def expand(self, parameter: Tensor) -> Tensor:
-        return self.make().to(parameter.dtype)
+        return self.make().to(parameter.device, parameter.dtype)
+
+    def moved(self, move: Move) -> Converted:
+        return self
 
     def gather(self, tokens: Tensor, base: Tensor) -> Tensor:
-        return self.make()[tokens]
+        return self.make().to(base.device)[tokens]
 
 
 Change = Packed | Stack | Whole | LowRank | Converted

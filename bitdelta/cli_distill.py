@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_parts import BASE, DEBUG, DELTA, FINETUNED, JSON, OUT, TEXT, answer, shows_progress, summary
+from .cli_parts import BASE, DEBUG, DELTA, DEVICE, FINETUNED, JSON, OUT, TEXT, answer, shows_progress, summary
 
 
 class Loss(str, Enum):
@@ -37,6 +37,7 @@ def distill(
         bool, typer.Option("--checkpointing", help="Compute activations twice: less memory.")
     ] = False,
     autocast: Annotated[bool, typer.Option("--autocast", help="Compute in bf16 where PyTorch can.")] = False,
+    device: DEVICE = None,
     device_map: Annotated[str | None, typer.Option(metavar="MAP", help="Of accelerate: auto.")] = None,
     shard: Annotated[
         bool, typer.Option("--shard", help="Under torchrun: split the weights (FSDP2).")
@@ -68,6 +69,7 @@ def distill(
         pack=pack,
         checkpointing=checkpointing,
         autocast=autocast,
+        device=device,
         device_map=device_map,
         shard=shard,
         cache=cache,

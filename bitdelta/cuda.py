@@ -3,7 +3,8 @@
 A tensor is torch's, on a CUDA device; all of a call are on one, and it runs on torch's current stream there, which
 the tensors tell through the DLPack exchange API. `Delta`s live in the host's memory: their arrays are copied to a
 device at first use and stay there as long as the Delta does. So does the table of a list of deltas. Nothing waits for
-the GPU but `extract`, which has to look for numbers that are not finite, and that first use.
+the GPU but `extract`, which has to look for numbers that are not finite, and that first use. While a stream is
+captured into a CUDA graph nothing is brought to the GPU: run once before.
 
 In a build with BITDELTA_CUDA=emulate the kernels run on the CPU, for tests: the functions here then take NumPy's
 arrays and torch's CPU tensors, and with BITDELTA_DEVICE=emulated in the environment so do `bitdelta.linear` and
@@ -17,7 +18,7 @@ import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -27,9 +28,12 @@ from .delta import FORMS, Delta, extract_sizes, extracted, matrix_shape
 from .errors import DeviceError
 
 _EMULATED = _C.cuda_is_emulated()
+MAX_PARTS = 4  # weights that share x in one launch, BD_CUDA_MAX_PARTS
+PANEL_BYTES = 16 << 20  # of an expanded weight: it is read again from the L2 cache (60 MB on an H200)
 
 # tables by what their deltas are; an entry goes when one of its deltas does
 _tables: dict[Any, tuple[Any, list[weakref.ref[Any]]]] = {}
+Part: TypeAlias = tuple["Tensor | None", "Tensor | None", Any]  # weight, bias, deltas
 _copies: weakref.WeakKeyDictionary[Delta, dict[Any, tuple[Any, Any, Any]]] = weakref.WeakKeyDictionary()
 
 
@@ -45,6 +49,7 @@ class Plan:
     """The rows of a batch grouped by tenant, on the GPU: made once, used by every product of the batch."""
 
     memory: Tensor
+    ids: Any  # int64 [M]
     n_rows: int  # M
     n_deltas: int  # T
     max_rows: int  # the most rows of a tenant; M where only the GPU knows
@@ -76,12 +81,13 @@ def plan(tenant_ids: Any, n_rows: int, n_deltas: int, like: Tensor) -> Plan:
     if _is_host(tenant_ids):
         ids, max_rows = _checked_ids(tenant_ids, n_rows, n_deltas)
         if not _EMULATED:
-            ids = sys.modules["torch"].from_numpy(ids).to(like.device)
+            refuse_capture("tenant_ids: expected int64 on the GPU")
+            ids = _on_gpu_of(sys.modules["torch"].from_numpy(ids), like)
     elif tuple(ids.shape) != (n_rows,):
         raise ValueError(f"tenant_ids: expected [M] = [{n_rows}], got {list(ids.shape)}")
     memory = _scratch(like, _C.cuda_workspace_bytes("plan", n_rows, n_deltas))
     _C.cuda_plan(memory, ids, n_deltas)
-    return Plan(memory, n_rows, n_deltas, max_rows)
+    return Plan(memory, ids, n_rows, n_deltas, max_rows)
 
 
 def _is_host(tenant_ids: Any) -> bool:
@@ -135,6 +141,7 @@ def table(deltas: Sequence[Any], like: Tensor, shape: tuple[int, int] | None = N
     known = _tables.get(key)
     if known is not None:
         return known[0]
+    refuse_capture("deltas: expected those of a call before")
     parts = tuple(None if delta is None else _parts(delta, like) for delta in slots)
     made = _C.CudaDeltas(_empty(like, (len(slots), 4), "int64"), parts, shape)
     if owners is not None:
@@ -204,18 +211,83 @@ def linear(
         deltas: a sequence of deltas, or what `table` made.
         tenant_ids: integers on the host or on the GPU, or what `plan` made.
 
+    With "merged" panels of round(base + delta) are multiplied by cuBLAS, for tensors of torch and ids on the host;
+    rows of -1 have the bits of the same call with all ids -1.
+
     Raises:
         TypeError, ValueError, BufferError: as `bitdelta.linear`.
         DeviceError: no GPU, a GPU that is not supported, or tensors on different devices.
     """
+    if precision == "merged":
+        return _merged(x, weight, deltas, tenant_ids, bias, out)
     if precision != "fixed16":
-        raise ValueError(f"precision: expected 'fixed16' on a GPU, got {precision!r}")
+        raise ValueError(f"precision: expected 'fixed16' or 'merged' on a GPU, got {precision!r}")
+    return linear_parts(x, [(weight, bias, deltas)], tenant_ids, [out])[0]
+
+
+def linear_parts(
+    x: Tensor, parts: Sequence[Part], tenant_ids: Any, outs: Sequence[Tensor | None] | None = None
+) -> list[Tensor]:
+    """`linear` with several weights of the same x, whose rows are quantised and grouped once: q, k and v; gate and up.
+
+    Args:
+        parts: (weight, bias, deltas) of each; as many deltas in each.
+        outs: what to write to, [M, N] of each part; None: new.
+
+    Returns:
+        [M, N] of each part, with the bits of calls of their own.
+    """
     M, K = matrix_shape(x, "x", "[M, K]")
-    found = table(deltas, x, None if weight is None else (matrix_shape(weight, "weight")[0], K))
-    out = _empty(x, (M, found.shape[0]), dtype_name(x, "x")) if out is None else out
-    if M:
-        product = None if weight is None else _base_product(x, weight)
-        _run_linear(x, [(out, product, bias, found)], tenant_ids, False)
+    found, given = [], [None] * len(parts) if outs is None else outs
+    batch = tenant_ids
+    for (weight, bias, deltas), out in zip(parts, given, strict=True):
+        own = table(deltas, x, None if weight is None else (matrix_shape(weight, "weight")[0], K))
+        out = _empty(x, (M, own.shape[0]), dtype_name(x, "x")) if out is None else out
+        product = None if weight is None or not M else _base_product(x, weight)
+        found.append((out, product, bias, own))
+        batch = plan(batch, M, len(own), x) if M else batch
+    for begin in range(0, len(found) if M else 0, MAX_PARTS):
+        _run_linear(x, found[begin : begin + MAX_PARTS], batch, False)
+    return [part[0] for part in found]
+
+
+def _merged(
+    x: Tensor, weight: Tensor | None, deltas: Any, tenant_ids: Any, bias: Tensor | None, out: Tensor | None
+) -> Tensor:
+    """The product with round(base + delta) of the row's tenant, by panels that stay in the L2 cache."""
+    if weight is None:
+        raise ValueError("weight: expected the base weight [N, K] where precision is 'merged', got None")
+    if not is_torch(x):
+        raise TypeError(f"x: expected a tensor of torch where precision is 'merged', got {type(x).__name__}")
+    if not _is_host(tenant_ids) and not isinstance(tenant_ids, np.ndarray):
+        raise TypeError("tenant_ids: expected integers on the host where precision is 'merged'")
+    M, K = matrix_shape(x, "x", "[M, K]")
+    N = matrix_shape(weight, "weight")[0]
+    torch, (ids, _) = sys.modules["torch"], _checked_ids(tenant_ids, M, len(deltas))
+    x, weight = x.detach(), weight.detach()
+    present = np.unique(ids)
+    if len(present) and present[0] == -1:
+        out = linear(x, weight, [], np.full(M, -1).tolist(), bias, out=out)
+    elif out is None:
+        out = _empty(x, (M, N), dtype_name(x, "x"))
+    step = max(16, PANEL_BYTES // (K * weight.element_size()) // 16 * 16)
+    panel = torch.empty((min(step, N), K), dtype=weight.dtype, device=weight.device)
+    for tenant in present[present >= 0]:
+        rows = np.flatnonzero(ids == tenant)
+        at = None if len(rows) == M else _on_gpu_of(torch.from_numpy(rows), x)
+        own, y = (x, out) if at is None else (x[at], _empty(x, (len(rows), N), dtype_name(out)))
+        parts = _parts(deltas[tenant], x)
+        for begin in range(0, N, step):
+            part = panel[: min(step, N - begin)]
+            _C.cuda_expand(part, weight, *parts, N, begin)
+            factors = own, (part if part.dtype == x.dtype else part.to(x.dtype)).T
+            if bias is None:
+                torch.mm(*factors, out=y[:, begin : begin + len(part)])
+            else:
+                shift = bias.detach()[begin : begin + len(part)].to(x.dtype)
+                torch.addmm(shift, *factors, out=y[:, begin : begin + len(part)])
+        if at is not None:
+            out[at] = y
     return out
 
 
@@ -369,6 +441,18 @@ def expand(delta: Any, base: Tensor | None, out: Tensor) -> Tensor:
 def empty_as(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Uninitialised, of like's kind, dtype and device."""
     return _empty(like, shape, dtype_name(like))
+
+
+def _on_gpu_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor of the host, from pinned memory: nothing waits."""
+    return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor
+
+
+def refuse_capture(expected: str) -> None:
+    """What is brought to the GPU in a captured graph would be read again, from wherever it was, at every replay."""
+    torch = sys.modules.get("torch")
+    if torch is not None and not _EMULATED and torch.cuda.is_current_stream_capturing():
+        raise DeviceError(f"{expected} while a stream is captured: run once before capturing")
 
 
 def _require() -> None:

@@ -57,6 +57,7 @@ class Options:
     """What decides where and how it computes."""
 
     checkpointing: bool = False
+    device: Any = None
     device_map: Any = None
     shard: bool = False
     cache: str | os.PathLike[str] | None = None
@@ -82,6 +83,7 @@ def distill(
     pack: bool = True,
     checkpointing: bool = False,
     autocast: bool = False,
+    device: Any = None,
     device_map: Any = None,
     shard: bool = False,
     cache: str | os.PathLike[str] | None = None,
@@ -108,7 +110,9 @@ def distill(
         pack: rows are windows of the text; False: a document a row, padded.
         checkpointing: activations are computed again in the backward pass: less memory, more time.
         autocast: the student's forward pass in bf16 where PyTorch's autocast says so.
-        device_map: of accelerate, "auto" or module -> device.
+        device: where both models compute, as "cuda"; None: the CPU. Scales and their gradients are then the GPU
+            kernels', with the sums of the CPU.
+        device_map: of accelerate, "auto" or module -> device, for the student; the fine-tune is on `device`.
         shard: under torchrun, split the frozen weights over the processes.
         cache: a folder to keep the fine-tune's answers in, for other runs on the same text.
         save_every: steps between saves; a killed run continues from the last.
@@ -119,6 +123,7 @@ def distill(
 
     Raises:
         ValueError: an option out of range, a text that is too short.
+        bitdelta.DeviceError: a GPU that is not there, or that this build cannot use.
         bitdelta.BaseMismatchError, FormatError, Error: models that do not fit together, a loss that is not finite.
         FileExistsError, OSError: `out_dir` exists or cannot be written.
 
@@ -130,9 +135,10 @@ def distill(
     )
     whole_number(save_every, "save_every", 1, 1 << 40)
     _require_torch()
+    from .devices import torch_device
     from .distillation import run
 
-    options = Options(checkpointing, device_map, shard, cache, save_every, progress)
+    options = Options(checkpointing, torch_device(device), device_map, shard, cache, save_every, progress)
     report = run(base, finetuned, delta, text, out_dir, settings, options)
     seconds = round(time.perf_counter() - start, 3)
     return {"out": str(out_dir), **report, "seconds": seconds}

@@ -47,7 +47,7 @@ def run(
     base: Any, finetuned: Any, delta: Any, text: Any, out_dir: Any, settings: Settings, options: Options
 ) -> dict[str, Any]:
     """`distill` with its options checked and sorted."""
-    with joined() as group:
+    with joined(options.device) as group:
         if settings.batch_size % group.size:
             raise ValueError(
                 f"batch_size: expected a multiple of {group.size}, the processes, got {settings.batch_size}"
@@ -103,7 +103,8 @@ def _rows(
     ]
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     folder = Path(options.cache or work) / f"teacher-{digest[:16]}"
-    targets = cache_targets(finetuned, tokens, mask, folder, settings.batch_size, group, options.progress)
+    about_run = settings.batch_size, group, options.device, options.progress
+    targets = cache_targets(finetuned, tokens, mask, folder, *about_run)
     prints = [[name, entry.get("sha256")] for name, entry in packfile.entries.items()]
     key = hashlib.sha256(json.dumps([digest, prints, asdict(settings)]).encode()).hexdigest()
     return Rows(tokens, mask, len(tokens) - held_out, targets), key
@@ -121,6 +122,7 @@ def _place(student: Student, options: Options, group: Group) -> None:
     """The options that change where and how the model computes, each PyTorch's or accelerate's own."""
     model, kept = student.model, list(student.parameters().values())
     layers = _layers(model)
+    model.to(options.device)
     device_map = options.device_map
     if device_map is not None:
         from accelerate import dispatch_model, infer_auto_device_map

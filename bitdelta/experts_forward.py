@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .batch import Batch, Ids
+from .batch import Batch, Rows
 from .change import Change, Stack, Whole
 from .linear_forward import LinearPlan
 from .split_forward import SplitForward, replaced
@@ -71,16 +71,20 @@ class ExpertsForward(SplitForward):
         module: Any = self.module
         first = plan["gate_up_proj" if module.has_gate else "up_proj"]
         activate = module._apply_gate if module.has_gate else module.act_fn
-        tenants, n_choices = batch.expand(len(hidden_states), self.path), top_k_index.shape[-1]
+        device, n_choices = hidden_states.device, top_k_index.shape[-1]
+        tenants = batch.expand(len(hidden_states), self.path)
         chosen, order = top_k_index.reshape(-1).sort(stable=True)
         rows = order // n_choices
+        places = (
+            rows.cpu().numpy()
+        )  # a GPU is waited for: how many rows an expert has decides what is launched
         found, begin = [], 0
         for expert, count in enumerate(chosen.bincount(minlength=module.num_experts).tolist()):
             if count:
                 own = rows[begin : begin + count]
-                ids = tenants[own.numpy()]
-                inner = activate(first.product(expert, hidden_states[own], ids))
-                found.append(plan["down_proj"].product(expert, inner, ids))
+                whose = Rows(tenants[places[begin : begin + count]], device)
+                inner = activate(first.product(expert, hidden_states[own], whose))
+                found.append(plan["down_proj"].product(expert, inner, whose))
                 begin += count
         weighted = torch.cat(found) * top_k_weights.reshape(-1)[order, None]
         in_order = weighted[order.argsort()].view(len(hidden_states), n_choices, -1)
@@ -97,12 +101,12 @@ class _Matrices:
         self.bounds = bounds or ((0, parameter.shape[1]),)
         self.plans: dict[int, list[LinearPlan]] = {}
 
-    def product(self, expert: int, x: T, tenants: Ids) -> T:
+    def product(self, expert: int, x: T, rows: Rows) -> T:
         weight = self.parameter[expert]
         if expert not in self.plans:
             self.plans[expert] = [self._plan(expert, i) for i in range(len(self.bounds))]
         parts = [
-            plan.product(x, weight[begin:end], None, tenants)
+            plan.product(x, weight[begin:end], None, rows)
             for (begin, end), plan in zip(self.bounds, self.plans[expert], strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -170,7 +174,7 @@ class RouterForward(SplitForward):
 
         def product(x: T, bias: T | None) -> T:
             flat = x.reshape(-1, x.shape[-1])
-            y = plan.product(flat, weight, bias, batch.expand(len(flat), self.path))
+            y = plan.product(flat, weight, bias, batch.rows_of(len(flat), self.path, flat.device))
             return y.reshape(*x.shape[:-1], -1)
 
         return replaced(self.module, {"weight": RowWeight.of(weight, product)})(*args, **kwargs)
@@ -191,7 +195,8 @@ def is_router(module: nn.Module) -> bool:
         return F.linear(x, weight.detach().to(x.dtype), bias)
 
     copy = replaced(module, {"weight": RowWeight.of(weight, product)})
-    x = torch.linspace(-1, 1, 4 * weight.shape[1], dtype=weight.dtype).reshape(1, 4, -1)
+    x = torch.linspace(-1, 1, 4 * weight.shape[1], dtype=weight.dtype, device=weight.device)
+    x = x.reshape(1, 4, -1)
     for rows in (x, x[0]):
         try:
             with torch.no_grad():

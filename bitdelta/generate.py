@@ -55,6 +55,7 @@ class RowEnds(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         last = input_ids[:, -1]
+        self.ends = self.ends.to(last.device)
         ends = self.ends.repeat_interleave(len(last) // len(self.ends), 0)
         return (ends == last[:, None]).any(1)
 
@@ -72,7 +73,7 @@ class RowSampling(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         factor, out = len(scores) // self.n_rows, scores.clone()
         for rows, processors, is_sampled in self.groups:
-            rows = (rows[:, None] * factor + torch.arange(factor)).flatten()
+            rows = (rows[:, None] * factor + torch.arange(factor)).flatten().to(scores.device)
             own = processors(input_ids[rows], scores[rows])
             if not is_sampled:
                 best = own.argmax(-1, keepdim=True)
@@ -208,6 +209,7 @@ def _pad(sequences: torch.Tensor, prompt: int, ends: list[tuple[int, ...]], pads
     factor = len(sequences) // len(ends)
     for row, sequence in enumerate(sequences):
         own, pad = ends[row // factor], pads[row // factor]
-        after = torch.isin(sequence[prompt:], torch.tensor(own, dtype=torch.long)).nonzero()
+        ends_here = torch.tensor(own, dtype=torch.long, device=sequence.device)
+        after = torch.isin(sequence[prompt:], ends_here).nonzero()
         if len(after) and pad is not None:
             sequence[prompt + int(after[0]) + 1 :] = pad

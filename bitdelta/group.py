@@ -35,21 +35,28 @@ class Group:
             dist.barrier()
 
     def add(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Sums over the processes, in place, in one message."""
+        """Sums over the processes, in place, in one message through the host's memory."""
         if self.size > 1:
             parts = list(tensors)
-            flat = torch.cat([part.reshape(-1) for part in parts])
+            flat = torch.cat([part.detach().reshape(-1).cpu() for part in parts])
             dist.all_reduce(flat)
             for part, new in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
                 part.copy_(new.view_as(part))
 
 
 @contextmanager
-def joined() -> Iterator[Group]:
-    """The group that torchrun's environment describes; left at the end if it was joined here."""
+def joined(device: torch.device) -> Iterator[Group]:
+    """The group that torchrun's environment describes; left at the end if it was joined here.
+
+    Args:
+        device: of this process. On GPUs the sharded weights travel by NCCL.
+    """
     here = dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if here:
-        dist.init_process_group("gloo")  # only scales' gradients travel, so the CPU's backend does
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # the scales' gradients are few and travel through the host
+        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
     try:
         yield Group()
     finally:

@@ -4,8 +4,15 @@
     model.load_delta("math", "llama-math-delta")             # a packed delta, or a PEFT LoRA folder
     model.generate(**batch, delta_names=["math", None])      # None or "__base__": the base
 
-The base's weights are there once. A tenant adds its signs, which stay in the file's memory map, and what its delta
-stores whole. Batches may run in several threads at once.
+The base's weights are there once. A tenant adds its signs, which on the CPU stay in the file's memory map, and what its
+delta stores whole. Batches may run in several threads at once.
+
+On GPUs (`device_map="cuda"` or "auto", or `.to("cuda")`) what a tenant changes is on the device of the module that it
+changes. Of more tenants than `max_resident` the others wait in pinned memory (`host_resident`) and come on a stream of
+their own: `prefetch` a tenant before its batch, and the batch waits for nothing but what it is about to use.
+
+A decode step over a static cache can be captured into a CUDA graph: open `model.batch(names, n_rows)`, run the step
+once, then capture it inside the same batch. The graph is good as long as that batch is open.
 """
 
 from __future__ import annotations
@@ -28,6 +35,7 @@ from .modules import install
 from .site import Site
 from .sources import tenant_from
 from .tenant import Tenant, TenantPool, unknown
+from .transfer import Lanes, Parcel
 from .wrapped import Wrapped
 
 logger = logging.getLogger("bitdelta")
@@ -44,10 +52,12 @@ class DeltaModel(nn.Module):  # type: ignore[misc]
     Args:
         model: of transformers; its modules get another `forward`, its parameters need no gradients any more.
         base: the folder or Hub id that it was loaded from.
-        max_resident: how many tenants are in memory at once; None: all.
+        max_resident: how many tenants are in memory, or on the GPUs, at once; None: all.
         prefill: "exact", or "merged": where every tenant of a batch has 128 tokens or more at once, linears expand
             round(base + delta) by panels: prompts take some 2/3 of the time, and are rounded once more, as in a
             merged model.
+        host_resident: how many tenants the host keeps in (pinned) memory beside those, so that one comes back without
+            being read from its folder; None: all.
     """
 
     def __init__(
@@ -56,6 +66,7 @@ class DeltaModel(nn.Module):  # type: ignore[misc]
         base: str | os.PathLike[str],
         max_resident: int | None = None,
         prefill: str = "exact",
+        host_resident: int | None = 0,
     ) -> None:
         if prefill not in ("exact", "merged"):
             raise ValueError(f"prefill: expected 'exact' or 'merged', got {prefill!r}")
@@ -64,7 +75,8 @@ class DeltaModel(nn.Module):  # type: ignore[misc]
         self.model = model
         self.base: Checkpoint = open_checkpoint(base)
         self.site = Site(model)
-        self.pool = TenantPool(max_resident)
+        self.pool = TenantPool(max_resident, host_resident)
+        self.lanes = Lanes()
         self.active: str | None = None
         self.wrapped: list[Wrapped] = []
         self.sources: dict[str, str] = {}
@@ -79,15 +91,15 @@ class DeltaModel(nn.Module):  # type: ignore[misc]
         max_resident: int | None = None,
         revision: str | None = None,
         prefill: str = "exact",
+        host_resident: int | None = 0,
         **options: Any,
     ) -> DeltaModel:
         """Loads the base.
 
         Args:
             base: a checkpoint, a folder or Hub id, or a folder that `save_pretrained` wrote.
-            max_resident: how many tenants are in memory at once; None: all.
             revision: the Hub revision.
-            prefill: "exact" or "merged"; see the class.
+            max_resident, prefill, host_resident: see the class.
             options: for transformers' own from_pretrained (dtype, device_map, quantization_config, ...).
         """
         from .saved import read_saved
@@ -97,7 +109,7 @@ class DeltaModel(nn.Module):  # type: ignore[misc]
         source = saved.base if saved else base
         checkpoint = open_checkpoint(source, saved.revision if saved else revision)
         model = model_class(checkpoint.config).from_pretrained(checkpoint.root, **options).eval()
-        found = cls(model, checkpoint.root, max_resident, prefill)
+        found = cls(model, checkpoint.root, max_resident, prefill, host_resident)
         for name, path in saved.deltas.items() if saved else ():
             found.load_delta(name, path)
         return found
@@ -127,10 +139,10 @@ class DeltaModel(nn.Module):  # type: ignore[misc]
         if not isinstance(name, str) or not name or name == BASE:
             raise ValueError(f"name: expected a name other than {BASE!r}, got {name!r}")
 
-        def make() -> Tenant:
+        def make() -> Tenant | Parcel:
             tenant = tenant_from(name, path, revision, self.site, self.base, allow_base)
             self._install(tenant)
-            return tenant
+            return self.lanes.staged(tenant, self.site)
 
         self.pool.load(name, make, pin)
         logger.info("%s: loaded from %s", name, path)
@@ -156,6 +168,17 @@ class DeltaModel(nn.Module):  # type: ignore[misc]
     def pin_delta(self, name: str, pinned: bool = True) -> None:
         """Keeps a tenant in memory whatever else is loaded, or (False) no longer."""
         self.pool.pin(name, pinned)
+
+    def prefetch(self, name: str) -> None:
+        """Brings a tenant into memory for a batch to come; on a GPU it arrives while other batches run.
+
+        Reads its folder first where neither the GPU nor the host has it.
+
+        Raises:
+            KeyError: there is none of this name.
+            bitdelta.Error: no room beside tenants that are pinned, in use or on their way.
+        """
+        self.pool.prefetch(name)
 
     @property
     def deltas(self) -> list[str]:
@@ -226,6 +249,14 @@ class DeltaModel(nn.Module):  # type: ignore[misc]
         """Tells the model how many logits it returns; beam search and losses ask its config."""
         if self.site.vocabulary is not None and hasattr(self.model.config, "get_text_config"):
             self.model.config.get_text_config().vocab_size = self.vocabulary
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DeltaModel:
+        """What .to and its like come down to: tenants follow the model at their next use."""
+        before = self.site.devices
+        super()._apply(fn, recurse)
+        if self.site.devices != before:
+            self.pool.reset()
+        return self
 
     def __getattr__(self, name: str) -> Any:
         try:

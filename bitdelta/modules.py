@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .batch import Batch
+from . import ops
+from .batch import Batch, Rows
 from .errors import Error
 from .experts_forward import ExpertsForward, RouterForward, has_stacks, is_router
 from .linear_forward import Conv1DForward, LinearForward
@@ -35,7 +35,10 @@ EXPERTS = re.compile(r"(.+)\.experts\.\d+(?:\..+)?")  # experts see the tokens t
 
 
 class EmbeddingForward(Wrapped):
-    """table[token], from the table of the row's own tenant."""
+    """table[token], from the table of the row's own tenant.
+
+    A token that is not in its vocabulary is an error on the CPU. On a GPU, which is not waited for, it becomes NaN.
+    """
 
     def plan(self, batch: Batch) -> Any:
         found = [own.get("weight") for own in self.changes(batch)]
@@ -43,33 +46,42 @@ class EmbeddingForward(Wrapped):
             return None
         base: Any = self.module.weight
         limits = [len(base) if change is None else change.shape[0] for change in found]
-        return [(i, change) for i, change in enumerate(found) if change], np.array([*limits, len(base)])
+        sizes = torch.tensor([*limits, len(base)])  # of vocabularies
+        return [(i, change) for i, change in enumerate(found) if change], ops.on_device(sizes, base.device)
 
     def run(self, plan: Any, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
-        changes, limits = plan
+        changes, sizes = plan
         table: Any = self.module.weight
         if not batch.is_uniform and _are_positions(tokens, batch.rows):
             tokens = tokens.expand(batch.rows, tokens.shape[-1])
         flat = tokens.reshape(-1)
-        ids = batch.expand(len(flat), self.path)
-        self._check(batch, flat, ids, limits)
+        rows = batch.rows_of(len(flat), self.path, flat.device)
+        size = sizes[rows.placed]
+        wrong = (flat < 0) | (flat >= size)
+        if flat.device.type == "cpu":
+            self._check(batch, flat, rows, size, wrong)
+        flat = flat.clamp(min=0).minimum(size - 1)
         out = F.embedding(flat.clamp(max=len(table) - 1), table.detach())
         for tenant, change in changes:
-            rows = batch.indices(tenant, len(flat), self.path)
-            out[rows] = change.gather(flat[rows], out[rows]).to(out.dtype)
+            own = rows.of(tenant)
+            out[own] = change.gather(flat[own], out[own]).to(out.dtype)
+        if flat.device.type != "cpu":
+            out = out.masked_fill(wrong[:, None], torch.nan)
         scale: Any = getattr(self.module, "embed_scale", None)
         if scale is not None:
             out = out * (scale.to(out.dtype) if isinstance(scale, torch.Tensor) else scale)
         return out.reshape(*tokens.shape, out.shape[-1])
 
-    def _check(self, batch: Batch, tokens: torch.Tensor, ids: Any, limits: Any) -> None:
-        beyond = np.flatnonzero(tokens.numpy() >= limits[ids])
-        if len(beyond):
-            tenant = ids[beyond[0]]
+    def _check(
+        self, batch: Batch, tokens: torch.Tensor, rows: Rows, size: torch.Tensor, wrong: torch.Tensor
+    ) -> None:
+        if wrong.any():
+            first = int(wrong.nonzero()[0])
+            tenant = rows.ids[first]
             name = "the base" if tenant < 0 else batch.tenants[tenant].name
             raise IndexError(
-                f"{self.path}: token {int(tokens[beyond[0]])} is not in the vocabulary of {name}, which has "
-                f"{limits[tenant]} tokens"
+                f"{self.path}: token {int(tokens[first])} is not in the vocabulary of {name}, which has "
+                f"{int(size[first])} tokens"
             )
 
 

@@ -179,7 +179,10 @@ def _linear_backward(
     if cuda.is_on_gpu(x):
         found = torch_cuda.deltas_of(signs, rows, some, x.shape[1])
         wants = wants_dx, wants_rows, wants_columns
-        return torch_cuda.linear_backward(dy, x, weight, found, tenant_ids, *wants, delta_in_dx)
+        dx, drows, dcolumns = torch_cuda.linear_backward(
+            dy, x, weight, found, tenant_ids, *wants, delta_in_dx
+        )
+        return dx, drows, dcolumns[: len(columns)]
     threads.sync()
     dy, x = as_rows(dy), as_rows(x)
     drows = [torch.zeros_like(row) if wants_rows else torch.empty(0) for row in rows]

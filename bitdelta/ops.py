@@ -18,7 +18,7 @@ from .operators import Ids, T, as_rows, run_linear, run_linear_add, run_linear_t
 from .torch_cuda import as_torch_on
 from .torch_delta import TorchDelta, as_torch
 
-__all__ = ["TorchDelta", "as_torch", "linear", "linear_add", "linear_transposed"]
+__all__ = ["TorchDelta", "as_torch", "linear", "linear_add", "linear_parts", "linear_transposed"]
 
 _NONE = torch.empty(0)  # a delta's column where it has none
 
@@ -55,7 +55,7 @@ def linear(
     tensor([[3.]])
     """
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if _is_plain(flat) and not _needs_gradient(flat, weight, bias, deltas):
+    if is_plain(flat) and not _needs_gradient(flat, weight, bias, deltas):
         if is_on_gpu(flat):
             plain_bias = None if bias is None else bias.detach()
             y = cuda.linear(as_rows(flat), weight, deltas, tenant_ids, plain_bias, precision)
@@ -67,6 +67,40 @@ def linear(
             flat, weight, bias, *_parts(deltas, flat), _as_ids(tenant_ids), precision, delta_in_dx
         )
     return y if flat is x else y.view(*x.shape[:-1], y.shape[1])
+
+
+def linear_parts(
+    x: T,
+    parts: Sequence[tuple[T | None, T | None, Sequence[Delta | TorchDelta]]],
+    tenant_ids: Ids,
+) -> list[T]:
+    """`linear` with several weights of the same x: queries, keys and values, or gate and up.
+
+    On a GPU x is quantised and its rows are grouped once for all of them, and one launch makes their delta terms.
+
+    Args:
+        x: [..., K].
+        parts: (weight, bias, deltas) of each, as in `linear`; as many deltas in each.
+        tenant_ids: as in `linear`.
+
+    Returns:
+        [..., N] of each part, with the bits of calls of their own.
+
+    >>> import bitdelta, bitdelta.ops, torch
+    >>> d = [bitdelta.extract(torch.zeros(1, 2), torch.tensor([[3.0, s]])) for s in (-3.0, 3.0)]
+    >>> bitdelta.ops.linear_parts(torch.tensor([[2.0, 1.0]]), [(None, None, d[:1]), (None, None, d[1:])], [0])
+    [tensor([[3.]]), tensor([[9.]])]
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    if (
+        not is_plain(flat)
+        or not is_on_gpu(flat)
+        or any(_needs_gradient(flat, weight, bias, deltas) for weight, bias, deltas in parts)
+    ):
+        return [linear(x, weight, bias, deltas, tenant_ids) for weight, bias, deltas in parts]
+    plain = [(weight, None if bias is None else bias.detach(), deltas) for weight, bias, deltas in parts]
+    found: list[T] = cuda.linear_parts(as_rows(flat), plain, tenant_ids)
+    return [y.view(*x.shape[:-1], y.shape[1]) for y in found]
 
 
 def linear_add(
@@ -91,7 +125,7 @@ def linear_add(
             flat_y, flat_x, *_parts(deltas, flat_x), _as_ids(tenant_ids), delta_in_dx
         )
         return new.view(y.shape)
-    if _is_plain(flat_x):
+    if is_plain(flat_x):
         if is_on_gpu(flat_x):
             cuda.linear_add(flat_y.detach(), as_rows(flat_x), deltas, tenant_ids)
         else:
@@ -115,7 +149,7 @@ def linear_transposed(dy: T, deltas: Sequence[Delta | TorchDelta], tenant_ids: I
     if not deltas:
         raise ValueError("deltas: expected at least one, got none")
     flat, K = dy.reshape(-1, dy.shape[-1]), deltas[0].shape[1]
-    if _is_plain(flat) and not _needs_gradient(flat, None, None, deltas):
+    if is_plain(flat) and not _needs_gradient(flat, None, None, deltas):
         if is_on_gpu(flat):
             g = cuda.linear_transposed(as_rows(flat), deltas, tenant_ids)
         else:
@@ -125,9 +159,30 @@ def linear_transposed(dy: T, deltas: Sequence[Delta | TorchDelta], tenant_ids: I
     return g.view(*dy.shape[:-1], K)
 
 
-def _is_plain(x: T) -> bool:
+def is_plain(x: T) -> bool:
     """Whether the extension may be called at once: nothing compiles, traces or fakes tensors."""
     return not torch.compiler.is_compiling() and type(x) in (torch.Tensor, torch.nn.Parameter)
+
+
+def on_device(tensor: T, device: torch.device) -> T:
+    """A tensor of the host on a device; a GPU copies it from pinned memory, so that nothing waits."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def prepared_ids(ids: Any, n_deltas: int, x: T) -> Ids:
+    """`tenant_ids` for every product of a batch: int64 [M] of the host, on a GPU brought there and grouped once."""
+    if is_on_gpu(x) and is_plain(x) and len(ids):
+        return cuda.plan(ids.tolist(), len(ids), max(1, n_deltas), x)
+    return ids if x.device.type == "cpu" else on_device(torch.from_numpy(ids), x.device)
+
+
+def prepared_deltas(deltas: Sequence[Any], shape: tuple[int, int], x: T) -> Any:
+    """`deltas` for every product of a batch without gradients: on a GPU the table that the kernels read."""
+    if is_on_gpu(x) and is_plain(x) and not torch.is_grad_enabled():
+        return cuda.table(deltas, x, shape)
+    return deltas
 
 
 def _needs_gradient(x: T, weight: T | None, bias: T | None, deltas: Sequence[Any]) -> bool:
@@ -159,4 +214,5 @@ def _parts(deltas: Sequence[Delta | TorchDelta], like: T) -> tuple[list[T], list
 
 
 def _as_ids(tenant_ids: Ids) -> T:
-    return torch.as_tensor(tenant_ids, dtype=torch.int64)
+    ids = tenant_ids.ids if isinstance(tenant_ids, cuda.Plan) else tenant_ids
+    return torch.as_tensor(ids, dtype=torch.int64)

@@ -98,6 +98,7 @@ def merge_into(model: DeltaModel, name: str | None) -> Any:
     site, base = model.site, model.model
     if name is not None:
         with model.pool.use([name]) as (tenant,), torch.no_grad():
+            tenant.wait()
             for parameter in tenant.changes:
                 _refuse_quantised(parameter, site.parameters[parameter])
             if tenant.vocabulary is not None and tenant.vocabulary != site.vocabulary:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from copy import deepcopy
 from typing import Any
+
+import torch
 
 from .change import Change, Converted, Packed
 from .errors import BaseMismatchError
@@ -98,12 +101,42 @@ class Site:
             return module.out_features, module.in_features
         return tuple(self.parameters[parameter].shape)
 
+    def device(self, parameter: str) -> torch.device:
+        """Where a parameter is used: its own device, or where accelerate brings it for the product."""
+        path, _, leaf = parameter.rpartition(".")
+        return device_of(self.model.get_submodule(path), leaf)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Of every parameter, in order."""
+        return [parameter.device for parameter in self.model.parameters()]
+
+    def placed(self, modules: dict[str, Any]) -> dict[str, Any]:
+        """A tenant's own modules, by path, where the model has its own."""
+        found = {}
+        for path, module in modules.items():
+            buffer = next(self.model.get_submodule(path).buffers(), None)
+            found[path] = module if buffer is None else deepcopy(module).to(buffer.device)
+        return found
+
     def _path(self, module: Any) -> str | None:
         return next((name for name, found in self.model.named_modules() if found is module), None)
 
     def _rows(self, path: str) -> int:
         module = self.model.get_submodule(path)
         return getattr(module, "out_features", 0) or len(module.weight)
+
+
+def device_of(module: Any, leaf: str) -> torch.device:
+    """Where a module's parameter is when the module runs."""
+    hook = vars(module).get("_hf_hook")
+    device = getattr(hook, "execution_device", None)
+    if device is None:
+        parameter = getattr(module, leaf, None)
+        if parameter is None:  # of a quantised module that keeps its weight under other names
+            parameter = next(iter((*module.parameters(), *module.buffers())))
+        return parameter.device
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
 def _embeddings(model: Any, which: str) -> Any:

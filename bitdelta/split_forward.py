@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import ops
 from .batch import Batch, current
 from .change import Change
 from .errors import Error
@@ -108,7 +109,7 @@ def _rows(value: Any, batch: Batch, tenant: int, path: str) -> Any:
     if isinstance(value, torch.Tensor):
         if not value.ndim or len(value) % len(batch.ids):
             return value
-        return value[batch.indices(tenant, len(value), path)]
+        return value[batch.rows_of(len(value), path, value.device).of(tenant)]
     if isinstance(value, dict):
         return {key: _rows(item, batch, tenant, path) for key, item in value.items()}
     if type(value) in (tuple, list):
@@ -144,7 +145,7 @@ def _join_tensors(found: list[torch.Tensor], batch: Batch, path: str) -> torch.T
     n_rows = sum(len(part) for part in found)
     out = found[0].new_empty(n_rows, *found[0].shape[1:])
     for tenant, part in zip(batch.present, found, strict=True):
-        out[batch.indices(tenant, n_rows, path)] = part
+        out[batch.rows_of(n_rows, path, out.device).of(tenant)] = part
     return out
 
 
@@ -172,16 +173,18 @@ class NormForward(SplitForward):
         for name, base in self.module.named_parameters(recurse=False):
             rows = [base.detach() if name not in own else own[name].expand(base) for own in changes]
             tables[name] = torch.stack([*rows, base.detach()])  # the last is the base's, -1
+        device = self.module.weight.device
         for key in keys:
             value = getattr(self.module, key)
-            tables[key] = torch.tensor([[own.get(key, value)] for own in (*settings, {})])
+            epsilons = torch.tensor([[own.get(key, value)] for own in (*settings, {})])
+            tables[key] = ops.on_device(epsilons, device)
         return tables
 
     def run(self, plan: dict[Any, Any], batch: Batch, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
         if batch.is_uniform or "weight" not in plan or len(x) % len(batch.ids):
             return super().run(plan, batch, *args, **kwargs)
-        ids = torch.from_numpy(batch.expand(len(x), self.path))
+        ids = batch.rows_of(len(x), self.path, x.device).placed
         lead = (len(x), *[1] * (x.ndim - 2))
         return apply_norm(
             self.module, x, {name: table[ids].reshape(*lead, -1) for name, table in plan.items()}
@@ -213,7 +216,7 @@ def broadcasts(module: nn.Module, keys: Iterable[str] = ()) -> bool:
         return False
     if next(module.children(), None) is not None or not set(parameters) <= {"weight", "bias"}:
         return False
-    x = torch.linspace(-1, 2, 6 * len(weight), dtype=weight.dtype).reshape(2, 3, -1)
+    x = torch.linspace(-1, 2, 6 * len(weight), dtype=weight.dtype, device=weight.device).reshape(2, 3, -1)
     rows = [{name: p.detach() + i for name, p in parameters.items()} for i in (1, 2)]
     settings = [dict.fromkeys(keys, 0.5 * i) for i in (1, 2)]
     with torch.no_grad():
@@ -234,7 +237,8 @@ def _agrees(
             ]
         )
         table = {name: torch.stack([row[name] for row in rows])[:, None] for name in rows[0]}
-        table |= {key: torch.tensor([own[key] for own in settings])[:, None, None] for key in settings[0]}
+        for key in settings[0]:
+            table[key] = torch.tensor([own[key] for own in settings], device=x.device)[:, None, None]
         return torch.allclose(apply_norm(module, x, table), alone, rtol=1e-2, atol=1e-3)
     except (RuntimeError, TypeError):
         return False

@@ -35,7 +35,7 @@ AGREES = 1e-4  # of the logits' size: what head(hidden) may differ from the mode
 class Targets:
     """The cached answers of the fine-tune."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: torch.device) -> None:
         about = json.loads((folder / "about.json").read_text())
         self.kind: str = about["kind"]
         self.values: NDArray[np.float32] = np.load(folder / "targets.npy", mmap_mode="r")
@@ -45,7 +45,8 @@ class Targets:
             from safetensors.torch import load_file
 
             head = load_file(folder / "head.safetensors")
-            self._head = DeltaLinear(head["weight"], head.get("bias"), None)
+            self._head = DeltaLinear(head["weight"], head.get("bias"), None).to(device)
+        self._device = device
 
     @property
     def has_tokens(self) -> bool:
@@ -53,10 +54,11 @@ class Targets:
         return self.values.ndim == 3
 
     def of(self, rows: NDArray[np.int64], mask: Tensor) -> Tensor:
-        """Logits or states [n, ...] of the rows' tokens that `mask` [rows, length] keeps."""
+        """Logits or states [n, ...], on the device, of the rows' tokens that `mask` [rows, length] keeps."""
         values = torch.from_numpy(self.values[rows])
         if self.has_tokens:
             values = values[mask]
+        values = values.to(self._device)
         with torch.no_grad():
             return values if self._head is None else _after_head(self._head(values), self._after)
 
@@ -86,17 +88,22 @@ def cache_targets(
     folder: Path,
     batch_size: int,
     group: Group,
+    device: torch.device,
     progress: bool = False,
 ) -> Targets:
-    """Computes the targets into `folder`, unless they are there; the processes share the work."""
+    """Computes the targets on a device into `folder`, unless they are there; the processes share the work."""
     from tqdm.auto import tqdm
 
     if (folder / "about.json").is_file():
-        return Targets(folder)
-    model = load_teacher(finetuned)
+        return Targets(folder, device)
+    model = load_teacher(finetuned).to(device)
     if model.main_input_name != "input_ids":
         raise Error(f"{finetuned.root}: {type(model).__name__} takes {model.main_input_name}, not text")
-    kind, after, values = _probe(model, torch.from_numpy(tokens[:1]), torch.from_numpy(mask[:1]))
+
+    def inputs(rows: slice) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(tokens[rows]).to(device), torch.from_numpy(mask[rows]).to(device)
+
+    kind, after, values = _probe(model, *inputs(slice(1)))
     if group.is_first:
         _make_room(folder, (len(tokens), *values.shape[1:]), model, kind)
     group.wait()
@@ -104,8 +111,8 @@ def cache_targets(
     with torch.no_grad(), tqdm(total=len(tokens), desc="teacher", unit="row", disable=not progress) as bar:
         for at in range(batch_size * group.rank, len(tokens), batch_size * group.size):
             rows = slice(at, at + batch_size)
-            part = _values(model, kind, torch.from_numpy(tokens[rows]), torch.from_numpy(mask[rows]))
-            target[rows] = part[0].float().numpy()
+            part = _values(model, kind, *inputs(rows))
+            target[rows] = part[0].float().cpu().numpy()
             bar.update(len(part[0]))
     target.flush()
     group.wait()
@@ -114,7 +121,7 @@ def cache_targets(
         scratch.write_text(json.dumps({"kind": kind, "after": after}))
         scratch.rename(folder / "about.json")
     group.wait()
-    return Targets(folder)
+    return Targets(folder, device)
 
 
 def _make_room(folder: Path, shape: tuple[int, ...], model: Any, kind: str) -> None:

@@ -1,9 +1,11 @@
 """The tenants over one base: what each one changes, and which of them are resident.
 
     Tenant       parameter of the model -> what it becomes (change.py); vocabulary, end and padding tokens
-    TenantPool   known by name; loaded when used, the least recently used evicted, never one that is pinned or runs
+    TenantPool   known by name; loaded when used, the least recently used evicted, never one that is pinned, runs, or
+                 is on its way to a GPU
 
-Signs stay in the file's memory map; only what is stored whole is copied when a tenant is loaded.
+On the CPU signs stay in the file's memory map; only what is stored whole is copied when a tenant is loaded. For a
+model on GPUs a tenant is read into pinned memory and brought from there (transfer.py); the pool may keep it there.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from .mapping import Conversion, Places
     from .packfile import Packfile
     from .site import Site
+    from .transfer import Arrival, Parcel
 
 
 class UnknownTenantError(Error, KeyError):
@@ -64,6 +67,29 @@ class Tenant:
     settings: dict[str, dict[str, float]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     by_module: dict[str, dict[str, Change]] = field(default_factory=dict)
+    arrivals: dict[str, list[Arrival]] = field(default_factory=dict)  # on GPUs, by module
+
+    def bring(self) -> Tenant:
+        """A tenant of the CPU is where it is used; a Parcel's has to come."""
+        return self
+
+    def wait(self, path: str | None = None) -> None:
+        """The calling thread's stream waits for the parameters of a module; None: for all."""
+        paths = self.arrivals if path is None else (path,)
+        for path in paths:
+            for arrival in self.arrivals.get(path, ()):
+                arrival.use()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether all of it has arrived."""
+        return all(arrival.is_here for own in self.arrivals.values() for arrival in own)
+
+    def finish(self) -> None:
+        """Waits on the host until all of it has arrived."""
+        for own in self.arrivals.values():
+            for arrival in own:
+                arrival.finish()
 
     def of(self, path: str) -> dict[str, Change]:
         """Parameter within a module -> what it becomes."""
@@ -160,7 +186,8 @@ def _run(conversion: Conversion, tensor: Callable[[str], Any], target: str) -> A
 
 @dataclass
 class _Entry:
-    make: Callable[[], Tenant]
+    make: Callable[[], Tenant | Parcel]
+    host: Tenant | Parcel | None = None  # what brings the tenant, where it is kept
     tenant: Tenant | None = None
     users: int = 0
     is_pinned: bool = False
@@ -172,18 +199,21 @@ class TenantPool:
 
     Args:
         max_resident: how many are loaded at once; None: all.
+        host_resident: how many are kept in the host's memory, whether resident or not, so that they come back without
+            their folder; None: all.
     """
 
-    def __init__(self, max_resident: int | None = None) -> None:
-        if max_resident is not None and (type(max_resident) is not int or max_resident < 1):
-            raise ValueError(f"max_resident: expected a number from 1, got {max_resident!r}")
-        self.max_resident = max_resident
-        self.n_loads = self.n_evictions = 0
+    def __init__(self, max_resident: int | None = None, host_resident: int | None = 0) -> None:
+        for name, number, least in (("max_resident", max_resident, 1), ("host_resident", host_resident, 0)):
+            if number is not None and (type(number) is not int or number < least):
+                raise ValueError(f"{name}: expected a number from {least}, got {number!r}")
+        self.max_resident, self.host_resident = max_resident, host_resident
+        self.n_reads = self.n_loads = self.n_evictions = 0
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the least recently used first
         self._lock = threading.Lock()
 
-    def load(self, name: str, make: Callable[[], Tenant], pin: bool = False) -> Tenant:
-        """Adds a tenant and loads it; an error leaves the pool as it was."""
+    def load(self, name: str, make: Callable[[], Tenant | Parcel], pin: bool = False) -> Tenant:
+        """Adds a tenant and loads it; an error leaves the pool as it was. `make` reads it from its folder."""
         entry = _Entry(make, is_pinned=pin)
         with self._lock:
             if name in self._entries:
@@ -197,6 +227,25 @@ class TenantPool:
             raise
         self._release(name)
         return tenant
+
+    def prefetch(self, name: str) -> None:
+        """Loads a tenant that a batch will use; on a GPU it arrives while the host goes on.
+
+        Raises:
+            UnknownTenantError: there is none of this name.
+            bitdelta.Error: there is no room beside those that are pinned, in use or on their way.
+        """
+        self._acquire(name, may_wait=False)
+        self._release(name)
+
+    def reset(self) -> None:
+        """Nothing is resident any more, here or on the host: the model is somewhere else. Error where a batch runs."""
+        with self._lock:
+            busy = [name for name, entry in self._entries.items() if entry.users]
+            if busy:
+                raise Error(f"{busy[0]}: a batch is running with it; move the model when that is done")
+            for entry in self._entries.values():
+                entry.host = entry.tenant = None
 
     def unload(self, name: str) -> None:
         """Forgets a tenant.
@@ -250,7 +299,7 @@ class TenantPool:
             raise unknown(name, self._entries)
         return entry
 
-    def _acquire(self, name: str) -> Tenant:
+    def _acquire(self, name: str, may_wait: bool = True) -> Tenant:
         with self._lock:
             entry = self._known(name)
             entry.users += 1
@@ -259,9 +308,14 @@ class TenantPool:
             with entry.loading:
                 if entry.tenant is None:
                     with self._lock:
-                        self._make_room(name)
-                    entry.tenant = entry.make()
+                        self._make_room(name, may_wait)
+                    if entry.host is None:
+                        entry.host = entry.make()
+                        self.n_reads += 1
+                    entry.tenant = entry.host.bring()
                     self.n_loads += 1
+                with self._lock:
+                    self._trim_host()
                 return entry.tenant
         except BaseException:
             self._release(name)
@@ -271,8 +325,15 @@ class TenantPool:
         with self._lock:
             self._entries[name].users -= 1
 
-    def _make_room(self, name: str) -> None:
-        """Evicts until one more fits; those that load now count."""
+    def _trim_host(self) -> None:
+        """Leaves the most recently used of those in the host's memory."""
+        if self.host_resident is not None:
+            kept = [entry for entry in self._entries.values() if entry.host is not None]
+            for entry in kept[: max(0, len(kept) - self.host_resident)]:
+                entry.host = None
+
+    def _make_room(self, name: str, may_wait: bool) -> None:
+        """Evicts until one more fits; those that load now count. One on its way goes last, when it has arrived."""
         if self.max_resident is None:
             return
         resident = [
@@ -281,13 +342,19 @@ class TenantPool:
             if other != name and (entry.tenant is not None or entry.loading.locked())
         ]
         excess = len(resident) + 1 - self.max_resident
+        if excess <= 0:
+            return
         idle = [entry for _, entry in resident if not entry.users and not entry.is_pinned]
+        coming = [entry for entry in idle if entry.tenant is not None and not entry.tenant.is_here]
+        idle = [entry for entry in idle if entry not in coming] + (coming if may_wait else [])
         if excess > len(idle):
-            busy = [other for other, entry in resident if entry.users or entry.is_pinned]
+            busy = [other for other, entry in resident if entry not in idle]
             raise Error(
-                f"{name}: no room: max_resident is {self.max_resident}, and these are pinned or in use: "
-                f"{', '.join(busy)}"
+                f"{name}: no room: max_resident is {self.max_resident}, and these are pinned or in use"
+                f"{' or on their way' if coming and not may_wait else ''}: {', '.join(busy)}"
             )
-        for entry in idle[: max(0, excess)]:
+        for entry in idle[:excess]:
+            if entry in coming and entry.tenant is not None:
+                entry.tenant.finish()
             entry.tenant = None
             self.n_evictions += 1

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from . import _C
+from . import _C, cuda, threads
 from .delta import Delta
 
 T: TypeAlias = torch.Tensor
@@ -55,11 +55,37 @@ class TorchDelta:
             self._at = None if is_copied else at
         return self._handle
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of signs and scales in memory."""
+        column = 0 if self.column is None else self.column.nbytes
+        return int(self.sign.nbytes + self.row.nbytes + column)
+
+    def expand(self, base: T) -> T:
+        """round(base + the planes summed in order in fp32), as `Delta.expand`; base [N, K] has contiguous rows."""
+        out = torch.empty(self.shape, dtype=base.dtype, device=base.device)
+        if cuda.is_on_gpu(base):
+            return cuda.expand(self, base, out)
+        threads.sync()
+        _C.expand(out, base, self.handle, 0, self.shape[0])
+        return out
+
+    def signs_of(self, rows: T) -> T:
+        """-1 and +1, fp32 [n, P, K], of n output rows."""
+        return signs_of(self.sign, rows, self.shape[1])
+
     def __reduce__(self) -> Any:
         return TorchDelta, (self.sign, self.row, self.column, self.shape)
 
     def __repr__(self) -> str:
         return f"TorchDelta(shape={self.shape}, planes={self.planes})"
+
+
+def signs_of(sign: T, rows: T, K: int) -> T:
+    """-1 and +1, fp32 [n, P, K], of n output rows of `sign`."""
+    words = sign[:, rows // 16, :, rows % 16]  # [n, P, lines]
+    bits = words[..., None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
+    return bits.flatten(2)[..., :K].float() * 2 - 1
 
 
 _converted: weakref.WeakKeyDictionary[Delta, TorchDelta] = weakref.WeakKeyDictionary()

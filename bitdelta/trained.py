@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from . import ops
+from . import _C, ops
 from .delta import Delta
+from .torch_delta import signs_of
 
 Tensor: TypeAlias = torch.Tensor
 
@@ -90,7 +91,9 @@ class DeltaLinear(nn.Module):  # type: ignore[misc] # torch is Any where it is n
 
     def _product(self, x: Tensor) -> Tensor:
         row, column = self.scales() if self.source is not None else (None, None)
-        multiply = _multiply if x.device.type == "cpu" else _multiply_dense
+        kind = x.device.type
+        is_known = kind == "cpu" or kind == "cuda" and _C.cuda_missing() is None
+        multiply = _multiply if is_known else _multiply_dense
         y = multiply(self, x, row, column)
         if self.rows is not None:
             y = torch.cat([y, nn.functional.linear(x, self.rows.to(x.dtype))], dim=1)
@@ -115,9 +118,7 @@ class DeltaEmbedding(nn.Module):  # type: ignore[misc]
         assert table.source is not None
         (n, k), (row, column) = table.source.shape, table.scales()
         known = flat.clamp(max=n - 1)
-        words = table.sign[:, known // 16, :, known % 16]  # [tokens, P, K/32]
-        bits = words[..., None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
-        signs = bits.flatten(2)[..., :k].float() * 2 - 1
+        signs = signs_of(table.sign, known, k)
         y = table.weight[known].float()
         for p in range(len(row)):
             term = row[p, known][:, None] * signs[:, p]
@@ -132,7 +133,7 @@ class DeltaEmbedding(nn.Module):  # type: ignore[misc]
 
 def _multiply(linear: DeltaLinear, x: Tensor, row: Tensor | None, column: Tensor | None) -> Tensor:
     """By bitdelta's operators."""
-    none = torch.full((len(x),), -1)
+    none = torch.full((len(x),), -1, device=x.device)
     if row is None or linear.source is None:
         return ops.linear(x, linear.weight, linear.bias, [], none)
     deltas, ids = [ops.TorchDelta(linear.sign, row, column, linear.source.shape)], torch.zeros_like(none)

@@ -31,14 +31,25 @@ class Wrapped:
         batch = current.get()
         if batch is None:
             return self.plain(*args, **kwargs)
+        hook = vars(self.module).get("_hf_hook")  # accelerate's, around `plain`
+        if hook is None:
+            plan = self.planned(batch)
+            return self.plain(*args, **kwargs) if plan is None else self.run(plan, batch, *args, **kwargs)
+        args, kwargs = hook.pre_forward(self.module, *args, **kwargs)
+        plan = self.planned(batch)
+        if plan is None:
+            return self.plain(*args, **kwargs)
+        return hook.post_forward(self.module, self.run(plan, batch, *args, **kwargs))
+
+    def planned(self, batch: Batch) -> Any:
+        """`plan`, made once a batch; on a GPU the tenants' parameters of this module are there from here on."""
         plan = batch.plans.get(id(self))
         if plan is None:
+            for tenant in batch.tenants:
+                tenant.wait(self.path)
             plan = self.plan(batch)
-            plan = NOTHING if plan is None else plan
-            batch.plans[id(self)] = plan
-        if plan is NOTHING:
-            return self.plain(*args, **kwargs)
-        return self.run(plan, batch, *args, **kwargs)
+            batch.plans[id(self)] = NOTHING if plan is None else plan
+        return None if plan is NOTHING else plan
 
     def plan(self, batch: Batch) -> Any:
         """What is the same for every call of a batch, or None where there is nothing to do."""

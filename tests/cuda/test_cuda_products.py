@@ -200,7 +200,7 @@ def test_a_changed_scale_is_seen_by_the_table_that_was_made(gpu, rng):
 
 def test_bad_memory_is_named(gpu, rng):
     deltas, x = some_deltas(rng), gpu(rows(rng, 3))
-    with pytest.raises(ValueError, match="precision: expected 'fixed16' on a GPU, got 'float32'"):
+    with pytest.raises(ValueError, match="precision: expected 'fixed16' or 'merged' on a GPU, got 'float32'"):
         cuda.linear(x, None, deltas, [0, 1, 2], precision="float32")
     with pytest.raises(BufferError, match="x: expected rows of contiguous columns"):
         cuda.linear(gpu(rows(rng, 6)).T.contiguous().T[:3], None, deltas, [0, 1, 2])
