@@ -73,6 +73,7 @@ class Suite(str, Enum):
     cpu = "cpu"
     io = "io"
     latency = "latency"
+    cuda = "cuda"
     model = "model"
     calibrate = "calibrate"
 
@@ -261,8 +262,8 @@ def bench(
     suite: Annotated[
         Suite,
         typer.Argument(
-            help="cpu: kernels and files; io: files only; latency: one linear against size and tenants; "
-            "model: many tenants; calibrate: fitting against distillation."
+            help="cpu: kernels and files; io: files only; cuda: a GPU's kernels; latency: one linear against size and "
+            "tenants; model: many tenants; calibrate: fitting against distillation."
         ),
     ] = Suite.cpu,
     shape: Annotated[
@@ -270,6 +271,10 @@ def bench(
     ] = "llama-2-7b",
     layers: Annotated[int, typer.Option(min=1, help="model: how many layers.")] = 2,
     tenants: Annotated[int, typer.Option(min=1, help="model: up to so many tenants.")] = 16,
+    whole: Annotated[
+        bool, typer.Option("--model", help="cuda: whole models of many tenants, not single products.")
+    ] = False,
+    seconds: Annotated[float, typer.Option(min=1, help="cuda: end in time; the rest is not measured.")] = 240,
     quick: Annotated[
         bool, typer.Option("--quick", help="Small shapes, seconds: checks that it runs.")
     ] = False,
@@ -279,6 +284,12 @@ def bench(
     """Check the kernels, then time them against the dense product, on this machine."""
     from . import bench as suites
 
+    if suite is Suite.cuda:
+        report = suites.run_cuda(quick=quick, seconds=seconds, model=whole, log=message)
+        answer(report, as_json, suites.describe(report))
+        if report["failed"]:
+            raise typer.Exit(1)
+        return
     if suite is Suite.model:
         report = suites.run_model(shape, layers, tenants, quick=quick, log=message)
     elif suite is Suite.latency:

@@ -40,14 +40,17 @@ def isa(request):
     _C.set_isa(before)
 
 
-@pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
-    """The functions of csrc/cuda.h on the emulation (cuda/kernel_calls.py)."""
-    if not _C.cuda_is_emulated():
-        pytest.skip("needs a build with BITDELTA_CUDA=emulate")
+@pytest.fixture(scope="session", params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernels(request, tmp_path_factory):
+    """The functions of csrc/cuda.h, on the emulation and on a GPU (cuda/kernel_calls.py)."""
+    require_kernels(request.param)
     import kernel_calls
 
-    return kernel_calls.Kernels(kernel_calls.build(tmp_path_factory.mktemp("kernels")))
+    folder = tmp_path_factory.mktemp("kernels")
+    if request.param == "cuda":
+        built = os.environ.get("BITDELTA_TEST_KERNELS")  # by kernel_calls.py, for several runs
+        return kernel_calls.OnGpu(built or kernel_calls.build_for_gpu(folder))
+    return kernel_calls.Kernels(kernel_calls.build(folder))
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +107,20 @@ def pair(rng, n, k, dtype="float32", size=0.02):
 # ---- the GPU: a real one by torch, or the emulation, where its memory is NumPy's ----
 
 
+def require_kernels(kind):
+    """Skips the test where this build, or this machine, has no kernels of a kind: "emulated" or "cuda"."""
+    if kind == "emulated":
+        if not _C.cuda_is_emulated():
+            pytest.skip("needs a build with BITDELTA_CUDA=emulate")
+        return
+    if _C.cuda_is_emulated():
+        pytest.skip("needs a build for GPUs, and a GPU; this one's kernels are emulated")
+    if (missing := _C.cuda_missing()) is not None:
+        pytest.skip(f"needs a GPU: {missing}")
+
+
 class Emulated:
+    name = "cpu"  # of torch
     float32 = np.float32
 
     def put(self, array):
@@ -115,6 +131,8 @@ class Emulated:
 
 
 class Gpu:
+    name = "cuda"
+
     @property
     def float32(self):
         import torch
@@ -147,9 +165,8 @@ def compile_library(source, output, *flags):
     return output
 
 
-@pytest.fixture(scope="session")
-def device():
+@pytest.fixture(scope="session", params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
     """Puts NumPy arrays where kernels find them (`put`), and gets them back (`get`)."""
-    if _C.cuda_missing() is not None:
-        pytest.skip(_C.cuda_missing())
-    return Emulated() if _C.cuda_is_emulated() else Gpu()
+    require_kernels(request.param)
+    return Gpu() if request.param == "cuda" else Emulated()

@@ -10,6 +10,7 @@
     goals      what each row should reach
     calibration  fitting without gradients against distillation; needs PyTorch and transformers
     model      decoding for many tenants (random_model, decode, model_goals); needs PyTorch and transformers
+    cuda       the kernels of a GPU (cuda_*); needs one, and PyTorch
 
 Everything timed rotates over more than 1 GB of random bits, so that nothing comes from a cache.
 """
@@ -151,8 +152,22 @@ def run_calibration(quick: bool = False, log: Callable[[str], None] = print) -> 
     return report
 
 
+def run_cuda(
+    quick: bool = False, seconds: float = 240.0, model: bool = False, log: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Checks the kernels of a GPU, then times them: see `bench.cuda.run`."""
+    from . import cuda
+
+    return cuda.run(quick, seconds, model, log)
+
+
 def describe(report: dict[str, Any]) -> Iterator[str]:
     """The report as lines of text."""
+    if report["suite"] == "cuda":
+        from . import cuda_goals
+
+        yield from cuda_goals.describe(report)
+        return
     yield from machine.lines(report["machine"])
     if report["suite"] != "model":
         yield from limits.lines(report["limits"])

@@ -91,7 +91,7 @@ def interleaved(cases: Mapping[Key, Case], seconds: float, min_rounds: int) -> d
     finally:
         if is_enabled:
             gc.enable()
-    return {key: _sample(values) for key, values in times.items()}
+    return {key: sample_of(values) for key, values in times.items()}
 
 
 def fastest(cases: Mapping[Key, Case], factor: float) -> dict[Key, Case]:
@@ -103,7 +103,8 @@ def fastest(cases: Mapping[Key, Case], factor: float) -> dict[Key, Case]:
     return {key: case for key, case in cases.items() if seconds[key] <= limit}
 
 
-def _sample(values: list[float]) -> Sample:
+def sample_of(values: list[float]) -> Sample:
+    """Median and percentiles of seconds."""
     ordered = sorted(values)
 
     def at(share: float) -> float:
