@@ -170,7 +170,9 @@ def wanted_archs(version: tuple[int, int]) -> tuple[str, ...]:
     return archs
 
 
-def nvcc_command(nvcc: str, archs: tuple[str, ...], source: str | Path, output: str | Path) -> list[str]:
+def nvcc_command(
+    nvcc: str, archs: tuple[str, ...], source: str | Path, output: str | Path, visibility: str = "hidden"
+) -> list[str]:
     """Compiles a kernel file for the targets."""
     flags = list(NVCC_FLAGS)
     for arch in archs:
@@ -178,5 +180,5 @@ def nvcc_command(nvcc: str, archs: tuple[str, ...], source: str | Path, output: 
         kind = "compute" if arch.endswith("+PTX") else "sm"
         flags.append(f"-gencode=arch=compute_{name},code={kind}_{name}")
     strict = ["-Werror=all-warnings"] * warnings_are_errors()
-    host = ",".join([*HOST_FLAGS, "-fvisibility=hidden", "-Wall", "-Wextra"])
+    host = ",".join([*HOST_FLAGS, f"-fvisibility={visibility}", "-Wall", "-Wextra"])
     return [*ccache(), nvcc, *flags, *strict, "-Xcompiler", host, "-c", str(source), "-o", str(output)]

@@ -1,7 +1,13 @@
-"""The kernels called as csrc/cuda.h says, by ctypes, on the emulation: "device memory" is NumPy's, lent for a call."""
+"""The kernels called as csrc/cuda.h says, by ctypes: "device memory" is NumPy's, lent for a call.
+
+The emulation reads it as it is. A GPU does too, once the driver has pinned and mapped the pages it lies in.
+
+    python tests/cuda/kernel_calls.py FOLDER     builds FOLDER/kernels.so for the visible GPUs
+"""
 
 import ctypes
 import dataclasses
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -134,19 +140,40 @@ class PartOfCall:
 def build(folder):
     """Compiles kernels/ for the emulation into a library in `folder`."""
     sources = [*toolchain.kernel_sources(), *toolchain.emulation_sources()]
-    objects = [folder / f"{Path(source).name}.o" for source in sources]
+    objects = [str(folder / f"{Path(source).name}.o") for source in sources]
     compiler = toolchain.cxx()
     commands = [
-        [*toolchain.emulation_command(compiler, source, str(output)), "-Werror"]
+        [*toolchain.emulation_command(compiler, source, output), "-Werror"]
         for source, output in zip(sources, objects, strict=True)
     ]
-    with ThreadPoolExecutor(2) as pool:
+    return link(commands, [*compiler, "-shared", *objects, "-pthread"], folder, 2)
+
+
+def build_for_gpu(folder, archs=None, names=None):
+    """Compiles kernels/ by nvcc for the visible GPUs, with functions that ctypes finds; `names`: these files alone."""
+    nvcc = toolchain.find_nvcc()
+    archs = toolchain.visible_archs() if archs is None else archs
+    every = toolchain.kernel_sources()
+    sources = [source for source in every if names is None or Path(source).name in names]
+    sources = [*sources, str(Path(__file__).parent / "host_memory.cu")]
+    objects = [str(folder / f"{Path(source).name}.o") for source in sources]
+    commands = [
+        toolchain.nvcc_command(nvcc, archs, source, output, visibility="default")
+        for source, output in zip(sources, objects, strict=True)
+    ]
+    return link(commands, [nvcc, "-shared", *objects], folder, os.cpu_count())
+
+
+def link(commands, linker, folder, n_jobs):
+    """Runs the commands side by side, then the linker; the library's path."""
+    with ThreadPoolExecutor(n_jobs) as pool:
         for done in pool.map(
-            lambda command: subprocess.run(command, capture_output=True, text=True), commands
+            lambda command: subprocess.run(command, capture_output=True, text=True, cwd=toolchain.ROOT),
+            commands,
         ):
             assert done.returncode == 0, done.stderr[-3000:]
     library = folder / "kernels.so"
-    subprocess.run([*compiler, "-shared", "-o", str(library), *map(str, objects), "-pthread"], check=True)
+    subprocess.run([*linker, "-o", str(library)], check=True)
     return library
 
 
@@ -168,6 +195,10 @@ class Kernels:
             if function is not None:
                 function.restype = c_size_t
 
+    def has(self, capability):
+        """Whether kernels chosen for a compute capability run here."""
+        return True
+
     # calls
 
     def call(self, name, *arguments, reads=(), writes=()):
@@ -182,6 +213,9 @@ class Kernels:
         finally:
             for loan in loans:
                 self.library.bd_gpu_take_back(*loan)
+        self.check(name, status)
+
+    def check(self, name, status):
         if status == 4:
             raise RuntimeError(self.library.bd_gpu_message().decode())
         if status:
@@ -365,6 +399,51 @@ class Kernels:
         )
 
 
+class OnGpu(Kernels):
+    """The same on a GPU, which reads and writes the arrays where they lie, in the host's memory."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        before, capability, processors = c_int(), c_int(), c_int()
+        self.check("gpu_enter", self.library.bd_gpu_enter(0, *map(byref, (before, capability, processors))))
+        self.context = Context(None, processors.value, capability.value)
+        self.capability = capability.value
+
+    def has(self, capability):
+        return capability > 90 or 80 <= self.capability <= 90
+
+    def call(self, name, *arguments, reads=(), writes=()):
+        arrays = [array for array in (*reads, *writes) if array is not None and array.size]
+        pinned = []
+        try:
+            for address, n_bytes in pages(map(bytes_of, arrays)):
+                error = self.library.test_pin(c_void_p(address), c_size_t(n_bytes))
+                assert error == 0, f"cudaHostRegister: {error}"
+                pinned.append(address)
+            status = getattr(self.library, f"bd_cuda_{name}")(byref(self.context), *arguments)
+            error = self.library.test_wait()
+            assert error == 0, f"{name}: CUDA error {error}"
+        finally:
+            for address in pinned:
+                self.library.test_unpin(c_void_p(address))
+        self.check(name, status)
+
+
+PAGE = 4096
+
+
+def pages(extents):
+    """Whole pages that cover the extents (address, bytes): [(address, bytes)], ascending, none of them twice."""
+    found = []
+    for address, n_bytes in sorted(extents):
+        first, end = address // PAGE * PAGE, -(-(address + n_bytes) // PAGE) * PAGE
+        if found and first <= found[-1][1]:
+            found[-1][1] = max(end, found[-1][1])
+        else:
+            found.append([first, end])
+    return [(first, end - first) for first, end in found]
+
+
 def pointer(array):
     return None if array is None else c_void_p(array.ctypes.data)
 
@@ -403,3 +482,7 @@ def arrays(deltas):
             if array is not None:
                 found[array.ctypes.data] = array
     return list(found.values())
+
+
+if __name__ == "__main__":
+    build_for_gpu(Path(sys.argv[1]))
