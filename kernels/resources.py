@@ -42,7 +42,9 @@ PRODUCTS = {
 }
 
 
-def measure(nvcc: str, source: str | Path, target: str) -> dict[str, dict[str, int]]:
+def measure(
+    nvcc: str, source: str | Path, target: str, opcodes: dict[str, tuple[int, ...]] = OPCODES
+) -> dict[str, dict[str, int]]:
     """The kernels of one file on one target, by name with template arguments."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -51,7 +53,7 @@ def measure(nvcc: str, source: str | Path, target: str) -> dict[str, dict[str, i
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise toolchain.ToolError(f"nvcc refused {source} for {target}:\n{done.stderr}")
-        counts = count_opcodes(cubin.read_bytes())
+        counts = count_opcodes(cubin.read_bytes(), opcodes)
     found = {}
     for mangled, report in reports(done.stderr).items():
         found[mangled] = {**report, **counts[mangled]}
@@ -77,8 +79,8 @@ def reports(said: str) -> dict[str, dict[str, int]]:
     return found
 
 
-def count_opcodes(cubin: bytes) -> dict[str, dict[str, int]]:
-    """Instructions, and those of OPCODES, of each kernel of a cubin."""
+def count_opcodes(cubin: bytes, wanted: dict[str, tuple[int, ...]] = OPCODES) -> dict[str, dict[str, int]]:
+    """Instructions, and those wanted, of each kernel of a cubin."""
     (table_at,) = struct.unpack_from("<Q", cubin, 40)
     entry_bytes, n_sections, names_index = struct.unpack_from("<HHH", cubin, 58)
     sections = [struct.unpack_from("<IIQQQQ", cubin, table_at + i * entry_bytes) for i in range(n_sections)]
@@ -89,7 +91,7 @@ def count_opcodes(cubin: bytes) -> dict[str, dict[str, int]]:
         if name.startswith(".text."):
             words = struct.iter_unpack("<QQ", cubin[begin : begin + n_bytes])
             opcodes = Counter(low & 0xFFF for low, _ in words)
-            counts = {kind: sum(opcodes[number] for number in numbers) for kind, numbers in OPCODES.items()}
+            counts = {kind: sum(opcodes[number] for number in numbers) for kind, numbers in wanted.items()}
             found[name.removeprefix(".text.")] = {"instructions": n_bytes // 16, **counts}
     return found
 

@@ -9,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "kernels"))
+sys.path.insert(0, str(ROOT / "kernels" / "microbench"))
+import rates  # noqa: E402
 import resources  # noqa: E402
 import toolchain  # noqa: E402
 
@@ -73,6 +75,33 @@ def test_opcodes_are_counted_where_their_number_is_known(nvcc, target):
         "half": 0,
     }
     assert kernels["nine_lop3"]["lop3"] == 9
+
+
+@pytest.mark.parametrize("target", ["80", "90a", "100f"])
+def test_the_loops_of_the_rates_are_made_of_what_they_measure(nvcc, target):
+    found = rates.loops(nvcc, target)
+    assert len(found) == 13
+    has_b1, has_groups = toolchain.TARGETS[target] == "b1", target == "90a"
+    assert all(numbers["stack"] == numbers["spill_stores"] == 0 for numbers in found.values())
+    for kind, name, is_there in (("b1", "b1", has_b1), ("int8", "int8", True), ("half", "half", True)):
+        assert {each: numbers[kind] for each, numbers in found.items() if numbers[kind]} == (
+            {f"mma_rate<{name}>": 8} if is_there else {}
+        )
+    groups = {each: numbers["b1 of a warp group"] for each, numbers in found.items()}
+    assert {each: count for each, count in groups.items() if count} == (
+        {f"group_rate<{columns}>": 4 for columns in (8, 16, 32, 64)} if has_groups else {}
+    )
+    for kinds, wanted in ((1, {"lop3"}), (2, {"shf"}), (4, {"imad"}), (7, {"lop3", "shf", "imad"})):
+        numbers = found[f"alu_rate<{kinds}>"]
+        assert {kind for kind in ("lop3", "shf", "imad") if numbers[kind] >= 128} == wanted
+
+
+def test_without_a_gpu_the_rates_say_so(nvcc, monkeypatch, capsys):
+    monkeypatch.setattr(toolchain, "visible_archs", lambda: ())
+    monkeypatch.setattr(sys, "argv", ["rates.py"])
+    assert rates.main() == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "nvidia-smi shows no GPU" in captured.err
 
 
 GOOD = {"registers": 32, "stack": 0, "spill_stores": 0, "spill_loads": 0, "static_shared": 0}
