@@ -123,7 +123,7 @@ class Batch:
 
     def product(self) -> T:
         """The base product, fp32 [M, N]."""
-        return cuda.multiply(self.x, self.weight.T)
+        return cuda.multiply(self.x, self.weight, is_transposed=True)
 
     def whole(self) -> None:
         """Base and delta: cuBLAS, then the kernels, which add and round once."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
 
 from .. import _C, cuda, ops
@@ -66,7 +67,7 @@ def merged(bench: Bench, problem: Problem, found: list[Batch]) -> Iterator[Row]:
     n_bytes = problem.n_bytes
     if problem.tenants > 1:
         return
-    linear = problem.linear
+    linear, ids = problem.linear, np.zeros(len(problem.ids()), np.int64)
     scratch = torch.empty(linear.N, linear.K, dtype=torch.bfloat16, device=bench.data.device)
     found[0].whole()
     exact = found[0].out.clone()
@@ -84,17 +85,16 @@ def merged(bench: Bench, problem: Problem, found: list[Batch]) -> Iterator[Row]:
     def by_panels(batch: Batch) -> None:
         first = 0
         for part in batch.parts:
-            rows = slice(first, first + part.out.shape[1])
-            cuda.linear(batch.x, batch.weight[rows], part.table, batch.plan, None, "merged", part.out)
-            first += part.out.shape[1]
+            N = part.out.shape[1]
+            column = None if part.columns is None else part.columns[0]
+            delta = TorchDelta(part.signs[0].view(torch.int32), part.rows[0], column, (N, linear.K))
+            weight = batch.weight[first : first + N]
+            cuda.linear(batch.x, weight, [delta], ids, None, "merged", part.out)
+            first += N
 
     for by, call in ((EXPANDED, expanded), (MERGED, by_panels)):
         found[0].out.fill_(float("nan"))
-        try:
-            call(found[0])
-        except ValueError as error:
-            bench.report["not_measured"].append(f"{name_of(problem)}, {by}: {error}")
-            continue
+        call(found[0])
         cuda_check.close(found[0].out, exact, cuda_check.CLOSE, by)
         yield bench.row(problem, by, each(call, found), n_bytes)
 
@@ -144,7 +144,7 @@ def small_products(bench: Bench) -> Iterator[Row]:
                 bench.data.weights.cut(i * size, (linear.N, linear.K), torch.bfloat16) for i in range(count)
             ]
             x = bench.data.rows(n_rows, linear.K)
-            calls = each(partial(cuda.multiply, x), [weight.T for weight in weights])
+            calls = each(partial(cuda.multiply, x, is_transposed=True), weights)
             yield bench.row(problem, CUBLAS + ", fp32", calls, size + problem.row_bytes)
 
 

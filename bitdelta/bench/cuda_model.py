@@ -200,7 +200,7 @@ class Mixed:
         return self._add(x, self.tenants.base.head, self.head_tables)
 
     def _add(self, x: T, weight: T, tables: list[Any]) -> T:
-        product = cuda.multiply(x, weight.T)
+        product = cuda.multiply(x, weight, is_transposed=True)
         out, parts, first = torch.empty(product.shape, dtype=x.dtype, device=x.device), [], 0
         for table in tables:
             part = slice(first, first + table.shape[0])

@@ -91,7 +91,8 @@ def test_each_problem_gives_its_rows(data, problem):
     assert rows[0]["by"] == cuda_cases.OURS and rows[0]["sets"] >= 3
     made = {row["by"] for row in rows}
     assert (cuda_cases.CUBLAS in made) == (problem.kind in (TRAINING, PREFILL) or problem.tenants == 1)
-    assert (cuda_cases.EXPANDED in made) == (problem.kind == PREFILL and problem.tenants == 1)
+    is_merged = problem.kind == PREFILL and problem.tenants == 1
+    assert ({cuda_cases.EXPANDED, cuda_cases.MERGED} <= made) == is_merged
     assert len(cuda_goals.with_ratios(rows)) == len(rows)
     for row in rows:
         assert row["share"] == pytest.approx(row["bytes"] / 1e-6 / 1e12)
