@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_parts import BASE, DEBUG, JSON
+from .cli_parts import BASE, DEBUG, DEVICE, JSON
 from .cli_parts import answer as _answer
 
 
@@ -22,6 +22,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of every answer, at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: DEVICE = None,
     as_json: JSON = False,
     debug: DEBUG = False,
 ) -> None:
@@ -33,7 +34,7 @@ def generate(
 
     deltas = dict(_split(text, "=", "delta", "NAME=DELTA") for text in delta)
     prompts = [_split(text, ":", "prompt", "NAME:TEXT") for text in prompt]
-    report = answer(base, deltas, prompts, max_new_tokens, temperature, seed)
+    report = answer(base, deltas, prompts, max_new_tokens, temperature, seed, device)
     _answer(report, as_json, describe(report))
 
 

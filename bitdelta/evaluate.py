@@ -26,6 +26,7 @@ from typing import Any, TypeAlias
 import torch
 
 from .answers import Sample, Teacher, answers, record
+from .devices import torch_device
 from .errors import whole_number
 from .merged_model import load_model
 from .progress import progress_bar
@@ -72,7 +73,7 @@ def evaluate(
         n_tokens, length, seed: how much of it, in rows of `length`.
         batch_size: rows at a time.
         dtype: of the parameters; "float32" leaves differences to the weights alone.
-        device: where models run.
+        device: where models run, as "cuda".
         refusals: a file of prompts, to compare what is refused before and after compression (refusals.py).
         max_new_tokens: of an answer to those.
         progress: a progress bar on stderr.
@@ -88,6 +89,7 @@ def evaluate(
     start = time.perf_counter()
     batch_size = whole_number(batch_size, "batch_size", 1, 1 << 20)
     n_rows = max(1, n_tokens // whole_number(length, "length", 2, 1 << 24))
+    device = str(torch_device(device))
     tenants = _tenants(base, deltas, finetuned)
     prompts = None if refusals is None else Refusals(refusals, max_new_tokens)
     run = Run(base, batch_size, dtype, device, prompts, progress_bar("eval", None, progress, "row"))

@@ -146,7 +146,7 @@ def _add(out: T, x: T, shape: Shape, deltas: Any, ids: Any, is_transposed: bool)
         return ops.linear_add(out, x, deltas, ids)
     narrow = out[:, : shape[0]]
     added = ops.linear_add(narrow, x, deltas, ids)
-    if added.data_ptr() != narrow.data_ptr():  # new where gradients are needed
+    if added.requires_grad:  # new, else in place
         return torch.cat([added, out[:, shape[0] :]], 1)
     return out
 

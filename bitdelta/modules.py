@@ -131,20 +131,25 @@ def install(model: nn.Module, path: str) -> Iterator[Wrapped]:
         bitdelta.Error: a module that cannot run rows of several tenants.
     """
     module = model.get_submodule(path)
-    if not isinstance(module.__dict__.get("forward"), Wrapped):
+    if not _is_wrapped(module):
         kind = kind_of(module)
         if kind is SplitForward:
             _refuse_cache(module, path)
         yield _put(kind(module, path))
     if match := EXPERTS.fullmatch(path):
         block = model.get_submodule(match[1])
-        if not isinstance(block.__dict__.get("forward"), Wrapped):
+        if not _is_wrapped(block):
             _refuse_cache(block, match[1])
             yield _around(SplitForward(block, match[1]), "forward")
     parent_path = path.rpartition(".")[0]
     parent = model.get_submodule(parent_path)
     if hasattr(parent, "compute_bias") and not isinstance(parent.__dict__.get("compute_bias"), Wrapped):
         yield _around(SplitForward(parent, parent_path, "compute_bias"), "compute_bias")
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """Whether it is, also where accelerate has put a hook around that since."""
+    return any(isinstance(vars(module).get(name), Wrapped) for name in ("forward", "_old_forward"))
 
 
 def _put(wrapped: Wrapped, method: str = "forward") -> Wrapped:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .devices import torch_device
 from .hub import resolve
 from .model import BASE, DeltaModel
 from .packfile import CONFIG, load
@@ -25,6 +26,7 @@ def answer(
     max_new_tokens: int = DEFAULT_TOKENS,
     temperature: float = 0.0,
     seed: int = 0,
+    device: Any = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Answers all prompts in one batch.
@@ -36,6 +38,7 @@ def answer(
         max_new_tokens: of every answer, at most.
         temperature: 0: the likeliest token; else sampled.
         seed: of the sampling.
+        device: where the model runs, as "cuda"; None: the CPU, or what `device_map` says.
         options: for `DeltaModel.from_pretrained`.
 
     Returns:
@@ -43,10 +46,14 @@ def answer(
 
     Raises:
         bitdelta.Error: a prompt for a name that is not in `deltas`.
+        ValueError, bitdelta.DeviceError: a device that is none, or not there.
     """
+    place = torch_device(device)
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
     model = DeltaModel.from_pretrained(base, **options)
+    if device is not None:
+        model.to(place)
     for name, path in deltas.items():
         model.load_delta(name, path)
     names = [None if name in (None, BASE, "") else name for name, _ in prompts]
@@ -63,9 +70,8 @@ def answer(
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
     start = time.perf_counter()
-    made = model.generate(
-        ids, attention_mask=mask, delta_names=names, max_new_tokens=max_new_tokens, **sampling
-    )
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    made = model.generate(**inputs, delta_names=names, max_new_tokens=max_new_tokens, **sampling).cpu()
     seconds = time.perf_counter() - start
     answers = [
         _text(model, name, tokenizers[name], row[length:]) for name, row in zip(names, made, strict=True)

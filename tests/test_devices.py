@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bitdelta import _C, DeviceError
+from bitdelta.cli import main
 from bitdelta.devices import torch_device
 
 
@@ -24,6 +25,25 @@ def test_a_gpu_that_is_not_there_is_named_with_what_is_missing(monkeypatch):
     with pytest.raises(DeviceError) as caught:
         torch_device("cuda")
     assert str(caught.value) == f"device cuda: {missing}"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "BASE", "--prompt", ":hi"],
+        ["eval", "BASE"],
+        ["distill", "BASE", "BASE", "BASE", "--out", "OUT"],
+        ["calibrate", "BASE", "BASE", "BASE", "--out", "OUT"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands_name_a_gpu_that_is_not_there(command, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = [{"BASE": str(tmp_path), "OUT": str(tmp_path / "out")}.get(word, word) for word in command]
+    assert main([*arguments, "--device", "cuda"]) == 2
+    assert "device cuda: " in capsys.readouterr().err
+    assert main([*arguments, "--device", "gpu"]) == 2
+    assert "device: expected a name such as 'cpu' or 'cuda:0', got 'gpu'" in capsys.readouterr().err
 
 
 def test_processes_of_torchrun_have_gpus_of_their_own(monkeypatch):
