@@ -28,6 +28,7 @@ from .cuda_cases import (
     Problem,
 )
 
+DEVICE = "cuda"  # of torch; tests name the emulation's
 SECONDS = 240.0  # of a whole run, unless told otherwise
 BITS_BYTES, WEIGHT_BYTES = 3 << 30, 46 << 30  # three sets of the largest problem with peers
 CASE_SECONDS, QUICK_SECONDS = 0.5, 0.05  # of one measurement
@@ -149,7 +150,7 @@ class Bench:
 
         with torch.no_grad():
             free = torch.cuda.mem_get_info()[0]
-            self.data = Data(BITS_BYTES, min(WEIGHT_BYTES, free // 2 // 64 * 64), "cuda")
+            self.data = Data(BITS_BYTES, min(WEIGHT_BYTES, free // 2 // 64 * 64), DEVICE)
             self.limits = cuda_limits.measure(self.data, self.case_seconds)
             self.report["limits"] = self.limits
             self.log(

@@ -30,6 +30,7 @@ from .cuda_cases import (
 )
 
 ENOUGH_BITS = 50_000_000  # bytes: a delta's product whose time is that of reading them
+PREFILL_ROWS, TRAINING_ROWS = 2048, 512
 Row = dict[str, Any]
 COLUMNS = ("case", "by", ">us", ">spread", ">eager us", ">GB/s", ">of read", ">times ours")
 
@@ -114,14 +115,14 @@ def _added(rows: Rows) -> float | None:
 
 def _prefill(by: str) -> Callable[[Rows], float | None]:
     def value(rows: Rows) -> float | None:
-        what = {"kind": PREFILL, "tenants": 1, "rows": 2048}
+        what = {"kind": PREFILL, "tenants": 1, "rows": PREFILL_ROWS}
         return _ratio(rows.layer((CUBLAS,), **what), rows.layer((by,), **what))
 
     return value
 
 
 def _training(rows: Rows) -> float | None:
-    what = {"kind": TRAINING, "tenants": 1, "rows": 512}
+    what = {"kind": TRAINING, "tenants": 1, "rows": TRAINING_ROWS}
     return _ratio(rows.layer((OURS,), **what), rows.layer((CUBLAS,), **what))
 
 

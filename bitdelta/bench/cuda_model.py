@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional
 
 from .. import _C, cuda
+from . import cuda as cuda_run
 from . import cuda_check, cuda_timing
 from .cuda_cases import MODEL, OURS, linears
 
@@ -282,7 +283,7 @@ def check(device: str) -> None:
 def measure(bench: Bench, quick: bool, log: Callable[[str], None]) -> list[dict[str, Any]]:
     """Rows of kind MODEL."""
     with torch.no_grad():
-        check("cuda")
+        check(cuda_run.DEVICE)
         log("checked a small model's logits against its merged models")
         shape, counts = (TINY, COUNTS[:3]) if quick else (LLAMA, COUNTS)
         rows = list(_of_deltas(bench, shape, counts))
@@ -292,7 +293,7 @@ def measure(bench: Bench, quick: bool, log: Callable[[str], None]) -> list[dict[
 
 def _of_deltas(bench: Bench, shape: Shape, counts: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """The most tenants that fit are made at once; fewer are the first of them."""
-    base, tenants, most = Weights(shape, "cuda", 0), None, counts[-1]
+    base, tenants, most = Weights(shape, cuda_run.DEVICE, 0), None, counts[-1]
     before = torch.cuda.memory_allocated()
     while tenants is None:
         try:
@@ -318,7 +319,7 @@ def _of_separate(bench: Bench, shape: Shape, counts: tuple[int, ...]) -> Iterato
     for count in counts:
         try:
             while len(models) < count:
-                models.append(Weights(shape, "cuda", len(models)))
+                models.append(Weights(shape, cuda_run.DEVICE, len(models)))
         except torch.cuda.OutOfMemoryError:
             fit = len(models)
             bench.report["not_measured"].append(f"{count} separate models: {fit} fill the GPU's memory")

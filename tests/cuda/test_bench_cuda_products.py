@@ -1,13 +1,26 @@
 """What `bench cuda` runs and checks, at tiny sizes on whatever device is there: correctness alone, nothing is timed."""
 
+import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 import bitdelta
 from bitdelta import _C, cuda
-from bitdelta.bench import cuda_cases, cuda_check, cuda_goals, cuda_measure, cuda_model
+from bitdelta.bench import cuda as bench_cuda
+from bitdelta.bench import (
+    cuda_cases,
+    cuda_check,
+    cuda_goals,
+    cuda_limits,
+    cuda_measure,
+    cuda_model,
+    cuda_timing,
+    describe,
+    run_cuda,
+)
 from bitdelta.bench.cuda import Bench
 from bitdelta.bench.cuda_cases import DELTA, PREFILL, TRAINING
 from bitdelta.bench.cuda_data import Batch, Data, batches, plan_of
@@ -116,6 +129,81 @@ def test_a_mixed_models_logits_are_those_of_its_merged_models(data, monkeypatch)
     monkeypatch.setattr(cuda_model.Tenants, "merged", lambda tenants, t: tenants.base)
     with pytest.raises(bitdelta.Error, match="tenant 0's logits: an error of"):
         cuda_model.check(data.device)
+
+
+@pytest.fixture
+def pretended(device, monkeypatch):
+    """A whole run at tiny sizes, whose calls are made once and take no time."""
+    if device.name == "cuda":
+        pytest.skip("a GPU runs the bench itself")
+    one = Sample(1e-6, 1e-6, 1e-6, 1)
+
+    def untimed(calls, seconds):
+        for call in calls[:1]:
+            call()
+        return one
+
+    monkeypatch.setattr(cuda_timing, "replayed", untimed)
+    monkeypatch.setattr(cuda_timing, "eager", lambda calls, seconds: one)
+    monkeypatch.setattr(cuda_limits, "replayed", untimed)
+    monkeypatch.setattr(cuda_timing, "host", lambda call: untimed([call], 1))
+    for name, value in (("READ_BYTES", 1 << 16), ("SQUARE", 64)):
+        monkeypatch.setattr(cuda_limits, name, value)
+    monkeypatch.setattr(cuda_cases, "LAYERS", dict.fromkeys(cuda_cases.LAYERS, cuda_cases.LAYERS["tiny"]))
+    monkeypatch.setattr(cuda_cases, "MIN_BYTES", 1)
+    monkeypatch.setattr(cuda_cases, "SHAPES", ((256, 512),))
+    facts = {
+        "gpu": "none",
+        "processors": 2,
+        "memory_gb": 1.0,
+        "driver": "none",
+        "bitdelta": "0",
+        "build": "emulated",
+    }
+    monkeypatch.setattr(bench_cuda, "machine", lambda: {**facts, "torch": torch.__version__, "triton": None})
+    monkeypatch.setattr(bench_cuda, "require", lambda: None)
+    for name, value in (("DEVICE", "cpu"), ("BITS_BYTES", 1 << 23), ("WEIGHT_BYTES", 1 << 25)):
+        monkeypatch.setattr(bench_cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 26, 1 << 26))
+    for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setenv("BITDELTA_DEVICE", "emulated")
+
+
+def test_a_whole_run_gives_every_goal_but_those_of_triton_and_whole_models(pretended, monkeypatch):
+    small = {2048: 20, 1024: 18, 512: 17, 128: 16}  # rows, which the emulation multiplies slowly
+    few = [replace(each, rows=small.get(each.rows, each.rows)) for each in cuda_cases.problems()]
+    monkeypatch.setattr(
+        cuda_cases, "problems", lambda: [each for each in few if each.tenants < 64 and each.model == "7B"]
+    )
+    monkeypatch.setattr(cuda_goals, "PREFILL_ROWS", 20)
+    monkeypatch.setattr(cuda_goals, "TRAINING_ROWS", 17)
+    report = run_cuda(quick=False, seconds=3000, log=lambda line: None)
+    assert [line for line in report["failed"] if "riton" not in line] == []
+    missing = {goal["case"] for goal in report["goals"] if goal["value"] is None}
+    assert {case for case in missing if "Triton" not in case} == {
+        "against the best dense alternative, 64 tenants",
+        "whole model: memory added by a tenant",
+        "delta only, 1 row a tenant, >= 50 MB of bits",
+        "delta only, 8 rows a tenant",
+    }
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert "16 tenants x 1 row" in "\n".join(describe(report))
+
+
+def test_a_run_of_whole_models_gives_its_rows(pretended):
+    report = run_cuda(quick=True, model=True, log=lambda line: None)
+    assert report["failed"] == report["not_measured"] == []
+    found = [(row["tenants"], row["by"]) for row in report["rows"]]
+    assert found == [(n, by) for by in (cuda_cases.OURS, cuda_model.SEPARATE) for n in (1, 2, 4)]
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert "4 tenants" in "\n".join(describe(report))
+
+
+def test_a_run_without_time_measures_the_limits_alone(pretended):
+    report = run_cuda(seconds=0, log=lambda line: None)
+    assert report["rows"] == [] and report["limits"]["read"] > 0
+    assert len(report["not_measured"]) == 3 + len(cuda_cases.problems())
 
 
 def test_what_fails_is_listed_and_the_rest_goes_on(data):
