@@ -16,6 +16,7 @@ from bitdelta import plot
 from bitdelta.cli import main
 from bitdelta.plot.deltas import equal_rank, explained, place
 from bitdelta.plot.picture import PICTURES
+from bitdelta.plot.style import plain_log
 
 
 @pytest.fixture
@@ -205,6 +206,30 @@ def test_fitting_is_stacked_by_part_beside_distillation(ax):
         plot.fitting(io_report(), ax=ax)
 
 
+def demo_report():
+    rows = [
+        {"model": "base", "logit_mse": 2.0},
+        {"model": "fine-tune"},
+        {"model": "fitted", "logit_mse": 0.1},
+    ]
+    return {"finetunes": {"a": {"text": "letters", "rows": rows}, "b": {"text": "names", "rows": rows}}}
+
+
+def test_the_demonstration_has_a_marker_for_each_fine_tune(ax):
+    plot.demo(demo_report(), ax=ax)
+    assert line(ax, "a: letters") == ([2.0, 0.1], [0, 1]) and line(ax, "b: names") == line(ax, "a: letters")
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["base", "fitted"]
+    with pytest.raises(ValueError, match="no fine-tunes"):
+        plot.demo(io_report(), ax=ax)
+
+
+def test_a_logarithmic_axis_of_a_narrow_range_has_more_than_one_number(ax):
+    ax.plot([0.0009, 0.0018], [0, 1])
+    plain_log(ax, "x")
+    low, high = ax.get_xlim()
+    assert len([tick for tick in ax.get_xticks() if low <= tick <= high]) > 2
+
+
 def test_loss_has_the_curve_and_the_held_out_ends(ax):
     report = {"curve": [3.0, 2.0, 1.0], "loss": "kl", "held_out_before": 3.5, "held_out_after": 1.5}
     plot.loss(report, ax=ax)
@@ -256,6 +281,7 @@ def test_every_picture_is_written_by_the_command(folders, tmp_path, capsys):
         "planes": planes_report(),
         "model": model_report(),
         "loss": {"curve": [2.0, 1.0], "loss": "mse"},
+        "demo": demo_report(),
         "io": io_report(),
         "calibrate": calibrate_report(),
     }
@@ -265,6 +291,7 @@ def test_every_picture_is_written_by_the_command(folders, tmp_path, capsys):
     cases = {
         "quality": [tmp_path / "planes"], "memory": [delta], "latency": [tmp_path / "model"],
         "loss": [tmp_path / "loss"], "rates": [tmp_path / "io"], "fitting": [tmp_path / "calibrate"],
+        "demo": [tmp_path / "demo"],
         "layer-errors": [delta], "scales": [delta], "variance": [folders / "base", folders / "tuned"],
     }  # fmt: skip
     assert set(cases) == set(PICTURES)

@@ -21,7 +21,7 @@ import numpy as np
 from .. import _C
 from ..array import as_bfloat16, empty_like, to_float32
 from ..table import table
-from ..threads import set_num_threads
+from ..threads import let_torch_sleep, set_num_threads
 from . import machine, strips
 from .data import FULL, QUICK, Data, at
 from .products import Bench, Cases, torch_of
@@ -216,4 +216,5 @@ def main() -> None:
     def emit(message: dict[str, Any]) -> None:
         print(json.dumps(message), flush=True)
 
+    let_torch_sleep()  # beside the kernels' own threads
     measure(int(sys.argv[1]), "--quick" in sys.argv, emit)

@@ -1,11 +1,11 @@
-"""Bars of reports: how near files and kernels come to what memory and disk allow, and what fitting costs."""
+"""Figures by case: rates beside what memory and disk allow, what fitting costs, what the demonstration found."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from .curves import Report, rows_of
-from .style import COLOURS, axes, finish
+from .style import COLOURS, axes, finish, line_style, plain_log
 
 SHADES = ("#22456b", "#5a83ad", "#9db8d6", "#d9e4f0")  # told apart in grey
 PARTS = {
@@ -130,4 +130,37 @@ def fitting(report: Report, ax: Any = None) -> Any:
     quick = " (--quick: figures mean nothing)" if report.get("quick") else ""
     finish(ax, "seconds", "", f"Fitting without gradients against distillation, {threads}{quick}")
     ax.grid(False, axis="y")
+    return ax
+
+
+def demo(report: Report, ax: Any = None) -> Any:
+    """Logit MSE against the fine-tune of each way to pack it, a marker for each fine-tune.
+
+    Args:
+        report: of `bitdelta demo`.
+        ax: matplotlib's axes; None: new ones.
+
+    Returns:
+        ax.
+
+    Raises:
+        ValueError: another report.
+    """
+    tasks = report.get("finetunes")
+    if not isinstance(tasks, dict) or not tasks:
+        raise ValueError("report: it has no fine-tunes; expected one of `bitdelta demo --json`")
+    ax = axes(ax)
+    names: list[str] = []
+    for i, (task, found) in enumerate(tasks.items()):
+        rows = [row for row in found["rows"] if "logit_mse" in row]  # all but the fine-tune itself
+        names = [row["model"] for row in rows]
+        style = {**line_style(i), "linestyle": ""}
+        ax.plot(
+            [row["logit_mse"] for row in rows], range(len(rows)), label=f"{task}: {found['text']}", **style
+        )
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    plain_log(ax, "x")
+    finish(ax, "logit MSE against the fine-tune", "", "Three fine-tunes at 1 bit per weight", legend=False)
+    ax.legend(fontsize="small", frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.16))
     return ax

@@ -26,7 +26,7 @@ CASES = {
     "deltas": "base + deltas, one batch",
     "lora": "base + LoRA r={rank}, one batch",
     "peft": "LoRA r={rank} by PEFT",
-    "plain": "the base alone",
+    "plain": "the base alone, by PyTorch",
 }
 
 
@@ -227,6 +227,7 @@ def loss(report: Report, ax: Any = None) -> Any:
         value = report.get(f"held_out_{end}")
         if value is not None:
             ax.axhline(value, color="black", linestyle=dash, linewidth=1.2, label=f"held-out rows, {end}")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     if _spans(curve):
         plain_log(ax, "y")
     return finish(ax, "step", kind.get(report.get("loss", ""), "loss"), "Distillation of the scales")

@@ -22,6 +22,7 @@ from .latency import latency
 from .style import missing
 
 PICTURES = {
+    "demo": "error of each way to pack three fine-tunes: a report of demo",
     "quality": "quality against bits per weight: a report of study",
     "memory": "memory against the number of models: a report of bench model, or a delta",
     "latency": "time against tenants, rows or size: a report of bench latency, model or cpu",
@@ -106,6 +107,7 @@ def plot(
 
 
 REPORTS: dict[str, Callable[..., Any]] = {
+    "demo": bars.demo,
     "quality": curves.quality,
     "memory": curves.memory,
     "latency": latency,

@@ -75,13 +75,14 @@ def whole_ticks(ax: Any, values: list[int], labels: list[str] | None = None) -> 
 
 
 def plain_log(ax: Any, name: str) -> None:
-    """Makes the axis "x" or "y" logarithmic, with plain numbers at 1, 2 and 5 where it spans few decades."""
+    """Makes the axis "x" or "y" logarithmic, with plain numbers where it spans few decades."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     getattr(ax, f"set_{name}scale")("log")
     axis = getattr(ax, f"{name}axis")
     low, high = axis.get_view_interval()
     if 0 < low and high / low < 300:
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        subs = (1.0, 2.0, 5.0) if high / low > 8 else (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+        axis.set_major_locator(LogLocator(subs=subs))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
