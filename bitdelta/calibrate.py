@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import sys
 import time
@@ -44,6 +45,7 @@ from .residual import Sums, relative, sample, squared_errors
 from .spend import record
 from .table import table
 
+logger = logging.getLogger("bitdelta")
 KEPT = ("base_crc32c", "fingerprint", "tied_to", "effect")  # of an entry
 
 
@@ -346,6 +348,8 @@ class _Run:
             **about,
             **{field: entry[field] for field in KEPT if field in entry},
         )
+        if new is not None:
+            logger.debug("calibrate: %s, output error %.4g, %.4g before", name, new, old or 0.0)
         self.bar.update()
 
     def _finetuned(self, name: str) -> F32:

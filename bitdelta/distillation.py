@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -23,11 +24,14 @@ from .errors import Error
 from .folder import refuse_existing, refuse_inside
 from .group import Group, joined, shard_weights
 from .packfile import Packfile, load
+from .progress import progress_bar
 from .rewrite import rewrite
 from .student import Student, load_student
 from .teacher import Targets, answer, answers, cache_targets
 from .text import load_rows
 from .training_state import TrainingState
+
+logger = logging.getLogger("bitdelta")
 
 Tensor: TypeAlias = torch.Tensor
 MOST_HELD_OUT = 64  # rows: enough to see a difference, few enough to measure twice
@@ -162,17 +166,14 @@ def _train(
     group: Group,
     state: TrainingState,
 ) -> dict[str, Any]:
-    from tqdm.auto import tqdm
-
     parameters = student.parameters()
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=settings.lr, betas=(0.9, 0.999), weight_decay=settings.weight_decay
     )
     before = _held_out(student, rows, settings, group)
     first, curve = state.load(parameters, optimizer)
-    with tqdm(
-        total=settings.steps, initial=first, desc="distill", disable=not (options.progress and group.is_first)
-    ) as bar:
+    is_shown = options.progress and group.is_first
+    with progress_bar("distill", settings.steps, is_shown, " steps", first) as bar:
         for step in range(first, settings.steps):
             for part in optimizer.param_groups:
                 part["lr"] = settings.lr * _factor(step, settings.steps)
@@ -180,12 +181,14 @@ def _train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             curve.append(value)
+            logger.debug("distill: step %d of %d, loss %.4g", step + 1, settings.steps, value)
             bar.set_postfix_str(f"loss {value:.4g}")
             bar.update()
             if (step + 1) % options.save_every == 0 and group.is_first:
                 state.save(parameters, optimizer, step + 1, curve)
     after = _held_out(student, rows, settings, group)
     is_better = after["loss"] <= before["loss"]
+    logger.info("distill: held-out loss %.4g before, %.4g after", before["loss"], after["loss"])
     if not is_better:
         with torch.no_grad():
             for parameter in parameters.values():

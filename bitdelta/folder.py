@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import shutil
 from pathlib import Path
 
 from .errors import Error
+
+logger = logging.getLogger("bitdelta")
 
 
 class PendingFolder:
@@ -55,6 +58,7 @@ class PendingFolder:
         self.path.rename(self.target)
         self._unlock()
         _sync(self.target.parent)
+        logger.info("wrote %s", self.target)
 
     def discard(self) -> None:
         """Removes the folder, unless it is published."""

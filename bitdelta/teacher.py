@@ -25,6 +25,7 @@ from .checkpoint import Checkpoint
 from .errors import Error
 from .folder import refuse_full
 from .group import Group
+from .progress import progress_bar
 from .student import load_teacher
 from .trained import DeltaLinear
 
@@ -92,8 +93,6 @@ def cache_targets(
     progress: bool = False,
 ) -> Targets:
     """Computes the targets on a device into `folder`, unless they are there; the processes share the work."""
-    from tqdm.auto import tqdm
-
     if (folder / "about.json").is_file():
         return Targets(folder, device)
     model = load_teacher(finetuned).to(device)
@@ -108,7 +107,7 @@ def cache_targets(
         _make_room(folder, (len(tokens), *values.shape[1:]), model, kind)
     group.wait()
     target = np.load(folder / "targets.npy", mmap_mode="r+")
-    with torch.no_grad(), tqdm(total=len(tokens), desc="teacher", unit="row", disable=not progress) as bar:
+    with torch.no_grad(), progress_bar("teacher", len(tokens), progress, "row") as bar:
         for at in range(batch_size * group.rank, len(tokens), batch_size * group.size):
             rows = slice(at, at + batch_size)
             part = _values(model, kind, *inputs(rows))

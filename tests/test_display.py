@@ -92,6 +92,12 @@ def test_a_card_states_the_error_and_how_to_load_beside_others(packed):
     assert 'model.load_delta("NAME", "DELTA")' in card
 
 
+def test_what_is_written_is_logged(packed, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "bitdelta"):
+        bitdelta.merge(packed.parent / "base", packed, tmp_path / "merged")
+    assert f"wrote {tmp_path / 'merged'}" in caplog.messages
+
+
 def test_a_model_shows_its_deltas_and_logs_them_coming_and_going(tmp_path, caplog):
     from models import llama_config, make
 

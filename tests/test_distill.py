@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import math
 from dataclasses import replace
 
@@ -65,6 +66,14 @@ def test_lowers_the_loss_on_rows_never_trained_on(distilled):
     assert report["target"] == "logits" and report["kept"] == "distilled scales"
     assert report["not_trained"] == [] and report["tensors"] == 2 * 7 + 2
     json.dumps(report, allow_nan=False)
+
+
+def test_steps_and_the_held_out_loss_are_logged(pair, delta, tokens, tmp_path, caplog):
+    with caplog.at_level(logging.DEBUG, "bitdelta"):
+        bitdelta.distill(*pair, delta, tokens, tmp_path / "out", **SHORT | {"steps": 2})
+    said = "\n".join(caplog.messages)
+    assert "distill: step 2 of 2, loss " in said and "distill: held-out loss " in said
+    assert f"wrote {tmp_path / 'out'}" in said
 
 
 def test_the_merged_result_is_as_close_as_the_report_says(pair, delta, distilled, tokens, tmp_path):

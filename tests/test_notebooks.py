@@ -53,6 +53,14 @@ def test_a_cell_that_raises_is_found(tmp_path, monkeypatch, cache):
         run(nbformat.v4.new_notebook(cells=cells), tmp_path, monkeypatch, cache)
 
 
+def test_a_progress_bar_is_shown_without_warnings(tmp_path, monkeypatch, cache):
+    source = "from bitdelta.progress import progress_bar\nwith progress_bar('compress', 3, True) as bar: bar.update(3)"
+    cell = nbformat.v4.new_code_cell(source)
+    run(nbformat.v4.new_notebook(cells=[cell]), tmp_path, monkeypatch, cache)
+    text = "".join(output.get("text", "") + str(output.get("data", "")) for output in cell.outputs)
+    assert "compress" in text and "Warning" not in text
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
 def test_no_outputs_are_kept_and_prose_comes_first(path):
     notebook = nbformat.read(path, as_version=4)

@@ -22,7 +22,6 @@ from .latency import latency
 from .style import missing
 
 PICTURES = {
-    "demo": "error of each way to pack three fine-tunes: a report of demo",
     "quality": "quality against bits per weight: a report of study",
     "memory": "memory against the number of models: a report of bench model, or a delta",
     "latency": "time against tenants, rows or size: a report of bench latency, model or cpu",
@@ -32,6 +31,7 @@ PICTURES = {
     "layer-errors": "errors by layer and projection: a delta",
     "scales": "histograms of scales: a delta",
     "variance": "explained variance against rank: a base and its fine-tune",
+    "demo": "error of each way to pack three fine-tunes: a report of demo",
 }
 SUFFIXES = ("png", "svg", "pdf")
 SIZE = (6.4, 4.0)  # inches
