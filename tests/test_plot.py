@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 import bitdelta
 from bitdelta import plot
+from bitdelta.bench import cuda_cases
 from bitdelta.cli import main
 from bitdelta.plot.deltas import equal_rank, explained, place
 from bitdelta.plot.picture import PICTURES
@@ -183,6 +184,29 @@ def test_latency_of_one_linear_against_tenants_and_size(ax):
     for option in ({"at": 4}, {"threads": 1}):
         with pytest.raises(ValueError, match="is an option of a report of"):
             plot.latency(model_report(), **option, ax=ax)
+
+
+def test_latency_on_a_gpu_is_ours_first_and_of_one_linear(ax):
+    problem = {
+        "kind": cuda_cases.WHOLE,
+        "model": "7B",
+        "linear": "gate_up",
+        "rows": 1,
+        "mix": cuda_cases.EVEN,
+    }
+    problem |= {"planes": 1, "columns": False, "spread": 0.1}
+    rows = [
+        {**problem, "by": by, "tenants": tenants, "microseconds": us * tenants}
+        for by, us in ((cuda_cases.BMM, 4e3), (cuda_cases.OURS, 1e3))
+        for tenants in (16, 1)
+    ]
+    rows.append({**rows[0], "linear": "down"})
+    report = {"suite": "cuda", "machine": {"gpu": "A GPU"}, "rows": rows}
+    plot.latency(report, ax=ax)
+    assert ax.get_legend_handles_labels()[1] == [cuda_cases.OURS, cuda_cases.BMM]
+    assert line(ax, cuda_cases.BMM) == ([1, 16], [4, 64]) and "A GPU" in ax.get_title()
+    with pytest.raises(ValueError, match="no products of 7B gate_up"):
+        plot.latency({**report, "rows": rows[-1:]}, ax=ax)
 
 
 def test_rates_are_beside_what_memory_and_disk_allow(ax):

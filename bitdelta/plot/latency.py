@@ -1,14 +1,20 @@
-"""Time of a decoding step or of one linear, from reports of `bench model`, `bench latency` and `bench cpu`."""
+"""Time of a decoding step or of one linear: reports of `bench model`, `bench latency`, `bench cpu`, `bench cuda`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from ..bench.cuda_cases import EVEN, OURS, WHOLE
 from .curves import Report, cases_of, doubling, rows_of, whose
 from .style import axes, finish, line_style, plain_log, whole_ticks
 
-AGAINST = {"model": ("tenants",), "latency": ("tenants", "size"), "cpu": ("rows", "size")}
+AGAINST = {
+    "model": ("tenants",),
+    "cuda": ("tenants",),
+    "latency": ("tenants", "size"),
+    "cpu": ("rows", "size"),
+}
 PRODUCTS = {"dense": "dense product, the fastest here", "delta": "1-bit delta's product"}
 LINEARS = {
     "naive": "a dense product each",
@@ -28,9 +34,9 @@ def latency(
     """Time of a decoding step against tenants, or of one linear against tenants, rows or the weight's size.
 
     Args:
-        report: of `bitdelta bench model`, `bench latency` or `bench cpu`.
-        against: "tenants" for the first; that or "size" (of a square weight) for the second; "rows" (of one tenant)
-            or "size" (output rows of the weight, one row of x) for the third. None: the first of these.
+        report: of `bitdelta bench model`, `bench cuda`, `bench latency` or `bench cpu`.
+        against: "tenants" for the first two; that or "size" (of a square weight) for the third; "rows" (of one
+            tenant) or "size" (output rows of the weight, one row of x) for the last. None: the first of these.
         threads: which of the runs of `bench cpu`; None: the one with the most.
         at: of `bench latency`: at which size, or with "size" at how many tenants; None: the most.
         ax: matplotlib's axes; None: new ones.
@@ -56,6 +62,8 @@ def latency(
         kinds = cases_of(report, ("merged", "deltas", "lora", "peft", "plain"))
         lines = {name: [_point(row, "tenants") for row in rows] for name, rows in kinds.items()}
         label, title = "tenants, a row each", f"A decoding step, {whose(report)}"
+    elif suite == "cuda":
+        lines, label, title = _on_gpu(report)
     elif suite == "latency":
         lines, label, title = _linears(report, against, at)
     else:
@@ -75,6 +83,29 @@ def latency(
 
 def _point(row: Report, x: str) -> tuple[int, float, float]:
     return row[x], row["microseconds"], row["spread"]
+
+
+def _on_gpu(report: Report) -> tuple[dict[str, Points], str, str]:
+    """Base and deltas of the largest linear of Llama-2-7B, ours and by whatever else was measured, ours first."""
+    rows = rows_of(report, "suite")
+    wanted = {
+        "kind": WHOLE,
+        "model": "7B",
+        "linear": "gate_up",
+        "rows": 1,
+        "mix": EVEN,
+        "planes": 1,
+        "columns": False,
+    }
+    rows = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+    if not rows:
+        raise ValueError(
+            "report: it has no products of 7B gate_up; expected one of `bitdelta bench cuda --json`"
+        )
+    names = dict.fromkeys([OURS, *(row["by"] for row in rows)])
+    lines = {name: sorted(_point(row, "tenants") for row in rows if row["by"] == name) for name in names}
+    title = f"Llama-2-7B gate_up on {report['machine']['gpu']}{_quick(report)}"
+    return {name: points for name, points in lines.items() if points}, "tenants, a row each", title
 
 
 def _linears(report: Report, against: str, at: int | None) -> tuple[dict[str, Points], str, str]:

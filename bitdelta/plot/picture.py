@@ -24,7 +24,7 @@ from .style import missing
 PICTURES = {
     "quality": "quality against bits per weight: a report of study",
     "memory": "memory against the number of models: a report of bench model, or a delta",
-    "latency": "time against tenants, rows or size: a report of bench latency, model or cpu",
+    "latency": "time against tenants, rows or size: a report of bench latency, model, cpu or cuda",
     "rates": "GB/s beside what memory and disk allow: a report of bench io or bench cpu",
     "fitting": "seconds of fitting against distillation: a report of bench calibrate",
     "loss": "training loss: a report of distill",
