@@ -1,7 +1,7 @@
 """Builds the one extension, bitdelta._C, from csrc/*.c and kernels/*.cu; the rest is in pyproject.toml.
 
 BITDELTA_SANITIZE=1      with AddressSanitizer and UndefinedBehaviorSanitizer (load libasan first: tests/sanitize.sh);
-                         without kernels
+                         without kernels, or with the emulated ones, which are watched by the emulation
 BITDELTA_CUDA=0          without kernels; =1 insists on them; =emulate runs them on the CPU, slowly, for tests. Unset:
                          with them where nvcc is found
 BITDELTA_CUDA_ARCHS=...  targets, as "80 90a 90+PTX", or "all"; unset: the visible GPUs', else those three
@@ -46,7 +46,7 @@ class Kernels:
         if wish not in ("", "0", "1", "emulate"):
             sys.exit(f"bitdelta: BITDELTA_CUDA: expected 0, 1 or emulate, got {wish!r}")
         try:
-            if wish == "0" or sanitize:
+            if wish == "0" or sanitize and wish != "emulate":
                 raise toolchain.ToolError(
                     "BITDELTA_CUDA=0" if wish == "0" else "sanitizers watch the CPU's code"
                 )

@@ -15,10 +15,12 @@ from border_calls import ARGUMENTS, WRONG
 TESTS = Path(__file__).parent
 
 PREPARE = """
-import gc, resource, sys
+import gc, importlib, resource, sys
 from bitdelta import _C
-from border_calls import ARGUMENTS, WRONG, call, right
 from dlpack_producer import Producer, _alive
+calls, n_right, n_wrong = (sys.argv[2:] + ['border_calls', '5000', '500'])[:3]
+calls = importlib.import_module(calls)
+ARGUMENTS, WRONG, call, right = calls.ARGUMENTS, calls.WRONG, calls.call, calls.right
 
 def kilobytes():
     with open('/proc/self/statm') as file:
@@ -38,11 +40,14 @@ def run(function, arguments, exception, n):
 
 def check(name, arguments, exception, n):
     function = getattr(_C, name)
-    run(function, arguments, exception, 100)
+    run(function, arguments, exception, min(100, n))
     before, start = count(arguments), kilobytes()
     run(function, arguments, exception, n)
     assert count(arguments) == before, (name, before, count(arguments))
     return kilobytes() - start
+
+def exports(value):  # a Producer keeps its exports on purpose
+    return isinstance(value, Producer) or isinstance(value, tuple) and any(map(exports, value))
 
 def stays(grown):  # except under AddressSanitizer, which keeps freed memory for a while
     assert grown < 600 or _C.build_info()['sanitize'], f'{grown} kB'
@@ -53,7 +58,7 @@ SUCCESS = (
     + """
 name = sys.argv[1]
 arguments = [right(name)[argument] for argument in ARGUMENTS[name]]
-grown = check(name, arguments, (), 5000)
+grown = check(name, arguments, (), int(n_right))
 stays(grown)
 """
 )
@@ -63,9 +68,9 @@ FAILURE = (
     + """
 grown = 0
 for _, name, argument, value, exception, _ in WRONG:
-    if name == sys.argv[1] and not isinstance(value, Producer):  # a Producer keeps its exports on purpose
+    if name == sys.argv[1] and not exports(value):
         arguments = [(right(name) | {argument: value})[other] for other in ARGUMENTS[name]]
-        grown += check(name, arguments, exception, 500)
+        grown += check(name, arguments, exception, int(n_wrong))
 stays(grown)
 """
 )
@@ -137,7 +142,7 @@ def run(script, *arguments):
         [sys.executable, "-c", script, *arguments],
         env={
             **os.environ,
-            "PYTHONPATH": f"{TESTS}:{TESTS.parent}",
+            "PYTHONPATH": f"{TESTS}:{TESTS / 'cuda'}:{TESTS.parent}",
             "OPENBLAS_NUM_THREADS": "1",
         },
         capture_output=True,
