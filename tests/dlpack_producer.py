@@ -47,9 +47,10 @@ class Versioned(ctypes.Structure):
     )
 
 
-_new = ctypes.pythonapi.PyCapsule_New
+_python = ctypes.PyDLL(None)  # not ctypes.pythonapi, whose functions other modules give other types
+_new = _python.PyCapsule_New
 _new.restype, _new.argtypes = ctypes.py_object, (c_void_p, c_char_p, Destructor)
-_is_valid = ctypes.pythonapi.PyCapsule_IsValid
+_is_valid = _python.PyCapsule_IsValid
 _is_valid.restype, _is_valid.argtypes = c_int, (c_void_p, c_char_p)
 _alive = []  # what C may still point to, until the process ends
 
