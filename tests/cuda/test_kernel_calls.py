@@ -1,7 +1,9 @@
 """What the tests of single kernels rest on: memory of the host that a GPU may use."""
 
+import ctypes
+
 import pytest
-from kernel_calls import PAGE, pages
+from kernel_calls import PAGE, OnGpu, build_for_gpu, pages, toolchain
 
 
 @pytest.mark.parametrize(
@@ -18,3 +20,18 @@ from kernel_calls import PAGE, pages
 )
 def test_pages_cover_memory_once(extents, expected):
     assert pages(extents) == expected
+
+
+def test_a_library_for_gpus_has_the_functions_and_says_where_no_gpu_is(tmp_path):
+    try:
+        toolchain.find_nvcc()
+    except toolchain.ToolError as error:
+        pytest.skip(str(error))
+    path = build_for_gpu(tmp_path, ("80",), ("plan.cu", "device.cu"))
+    library = ctypes.CDLL(str(path))
+    for name in ("bd_cuda_plan", "bd_cuda_plan_bytes", "bd_gpu_enter", "test_pin", "test_unpin", "test_wait"):
+        assert hasattr(library, name)
+    if toolchain.visible_archs():
+        pytest.skip("a GPU is here")
+    with pytest.raises(RuntimeError, match="the GPU: "):
+        OnGpu(path)
