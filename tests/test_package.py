@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import os
 import re
 import shutil
@@ -110,3 +111,21 @@ def test_the_links_of_readme_lead_somewhere():
 def test_the_citation_is_of_this_version():
     citation = (PACKAGE.parent / "CITATION.cff").read_text(encoding="utf-8")
     assert f"version: {bitdelta.__version__}" in citation.splitlines()
+
+
+def test_the_figures_of_many_tenants_in_readme_are_those_of_the_run():
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    report = json.loads((PACKAGE / "bench" / "results" / "model.json").read_text(encoding="utf-8"))
+    rows = {
+        (row["kind"], row["rank"]): row for row in report["rows"] if "rank" in row and row["tenants"] == 16
+    }
+    merged = rows["merged", None]["microseconds"]
+    for case in (("merged", None), ("deltas", None), ("lora", 16), ("lora", 64), ("lora", 128), ("peft", 16)):
+        row, us = rows[case], rows[case]["microseconds"]
+        cells = (
+            f"{us / 1e3:.0f}",
+            f"{row['tokens_per_second']:.1f}",
+            f"{merged / us:.2f}",
+            f"{row['bytes'] / 1e9:.2f}",
+        )
+        assert f"| {' | '.join(cells)} |" in readme, case
