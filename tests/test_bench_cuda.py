@@ -23,6 +23,14 @@ def test_without_a_gpu_one_line_says_what_is_missing(capsys):
         bench.run_cuda()
 
 
+@pytest.mark.parametrize("options", [["--seconds", "144"], ["--model", "--seconds", "48"], ["--quick"]])
+def test_options_are_known_where_no_gpu_is(capsys, options):
+    if _C.cuda_missing() is None and not _C.cuda_is_emulated():
+        pytest.skip("a GPU can be used here")
+    assert main(["bench", "cuda", "--json", *options]) == 2
+    assert "bench cuda needs a GPU" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "emulated, missing, said", [(True, None, "run on the CPU"), (False, "no driver", "no driver")]
 )

@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 from .. import _C
-from ..errors import DeviceError, Error
+from ..errors import DeviceError
 from . import cuda_cases, cuda_goals
 from .cuda_cases import (
     Problem,
@@ -33,7 +33,6 @@ SECONDS = 240.0  # of a whole run, unless told otherwise
 BITS_BYTES, WEIGHT_BYTES = 3 << 30, 46 << 30  # three sets of the largest problem with peers
 CASE_SECONDS, QUICK_SECONDS = 0.5, 0.05  # of one measurement
 QUICK_PROBLEMS = 9  # the layer of 16 tenants, and one more
-FAILURES = Error, ValueError, TypeError, BufferError, RuntimeError, MemoryError, ImportError
 Log = Callable[[str], None]
 Row = dict[str, Any]
 
@@ -135,6 +134,10 @@ def _triton() -> str | None:
     return str(triton.__version__)
 
 
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 class Bench:
     """One run: what was measured, what failed, and the time that is left."""
 
@@ -179,11 +182,22 @@ class Bench:
             self.report["not_measured"].append(f"{name}: {error}")
         except torch.cuda.OutOfMemoryError:
             self.report["not_measured"].append(f"{name}: the GPU's memory is too small")
-        except FAILURES as error:
-            self.report["failed"].append(
-                f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            )
-        torch.cuda.empty_cache()
+        except Exception as error:  # noqa: BLE001 - whatever one case does, the others are measured
+            self.report["failed"].append(f"{name}: {_said(error)}")
+        self._clean(name)
+
+    def _clean(self, name: str) -> None:
+        """Frees what the part held; an error that the GPU does not recover from ends the run."""
+        import torch
+
+        if not torch.cuda.is_initialized():
+            return
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            self.report["failed"].append(f"after {name} the GPU cannot be used: {_said(error)}")
+            self.deadline = 0
 
     def seconds_left(self) -> float:
         return max(0.0, self.deadline - time.perf_counter())

@@ -33,7 +33,7 @@ COUNTS = 1, 2, 4, 8, 16, 32, 64
 SEPARATE = "separate models, in turn"
 EPSILON, THETA, SIZE, SCALE = 1e-5, 10_000.0, 0.02, 0.002
 CLOSE = 3e-2  # of logits, which a model in bf16 rounds a dozen times a layer
-SECONDS = 3.0  # of one number of tenants
+SECONDS = 1.5  # of one number of tenants
 
 
 @dataclass(frozen=True)

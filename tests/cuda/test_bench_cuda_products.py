@@ -108,6 +108,13 @@ def test_each_problem_gives_its_rows(data, problem):
     assert ({cuda_cases.EXPANDED, cuda_cases.MERGED} <= made) == is_merged
     assert len(cuda_goals.with_ratios(rows)) == len(rows)
     for row in rows:
+        assert {
+            "samples",
+            "spread",
+            "eager_microseconds",
+            "bytes_per_second",
+            "roofline_microseconds",
+        } <= set(row)
         assert row["share"] == pytest.approx(row["bytes"] / 1e-6 / 1e12)
         assert cuda_goals.cells(row)[0].startswith("tiny ")
 
@@ -205,6 +212,22 @@ def test_a_run_without_time_measures_the_limits_alone(pretended):
     report = run_cuda(seconds=0, log=lambda line: None)
     assert report["rows"] == [] and report["limits"]["read"] > 0
     assert len(report["not_measured"]) == 3 + len(cuda_cases.problems())
+
+
+def test_a_gpu_that_was_lost_ends_the_run(data, monkeypatch):
+    def lost():
+        raise RuntimeError("an illegal memory access was encountered")
+        yield
+
+    bench = Untimed(data)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: next(lost()))
+    assert list(bench.part("a", lost)) == [] == list(bench.part("b", lost))
+    assert [line.partition(":")[0] for line in bench.report["failed"]] == [
+        "a",
+        "after a the GPU cannot be used",
+    ]
+    assert bench.report["not_measured"] == ["b: the time was over"]
 
 
 def test_what_fails_is_listed_and_the_rest_goes_on(data):
