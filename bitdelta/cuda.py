@@ -3,7 +3,7 @@
 A tensor is torch's, on a CUDA device; all of a call are on one, and it runs on torch's current stream there, which
 the tensors tell through the DLPack exchange API. `Delta`s live in the host's memory: their arrays are copied to a
 device at first use and stay there as long as the Delta does. So does the table of a list of deltas. Nothing waits for
-the GPU but `extract`, which has to look for numbers that are not finite, and that first use. While a stream is
+the GPU but `extract`, which has to look for numbers that are not finite, and the copy of a Delta. While a stream is
 captured into a CUDA graph nothing is brought to the GPU: run once before.
 
 In a build with BITDELTA_CUDA=emulate the kernels run on the CPU, for tests: the functions here then take NumPy's
@@ -31,8 +31,8 @@ _EMULATED = _C.cuda_is_emulated()
 MAX_PARTS = 4  # weights that share x in one launch, BD_CUDA_MAX_PARTS
 PANEL_BYTES = 16 << 20  # of an expanded weight: it is read again from the L2 cache (60 MB on an H200)
 
-# tables by what their deltas are; an entry goes when one of its deltas does
-_tables: dict[Any, tuple[Any, list[weakref.ref[Any]]]] = {}
+# tables by what their deltas are, with the event of their copy; an entry goes when one of its deltas does
+_tables: dict[Any, tuple[Any, Any, list[weakref.ref[Any]]]] = {}
 Part: TypeAlias = tuple["Tensor | None", "Tensor | None", Any]  # weight, bias, deltas
 _copies: weakref.WeakKeyDictionary[Delta, dict[Any, tuple[Any, Any, Any]]] = weakref.WeakKeyDictionary()
 
@@ -140,6 +140,7 @@ def table(deltas: Sequence[Any], like: Tensor, shape: tuple[int, int] | None = N
     key, owners = _identity(slots, like, shape)
     known = _tables.get(key)
     if known is not None:
+        _follow(known[1], like)
         return known[0]
     refuse_capture("deltas: expected those of a call before")
     parts = tuple(None if delta is None else _parts(delta, like) for delta in slots)
@@ -149,8 +150,25 @@ def table(deltas: Sequence[Any], like: Tensor, shape: tuple[int, int] | None = N
         def drop(_: Any) -> None:
             _tables.pop(key, None)
 
-        _tables[key] = made, [weakref.ref(owner, drop) for owner in owners]
+        _tables[key] = made, _mark(like), [weakref.ref(owner, drop) for owner in owners]
     return made
+
+
+def _mark(like: Tensor) -> Any:
+    """The current stream of a GPU and an event on it, for what was just enqueued; None in the host's memory."""
+    if _EMULATED:
+        return None
+    stream = sys.modules["torch"].cuda.current_stream(like.device)
+    return stream, stream.record_event()
+
+
+def _follow(mark: Any, like: Tensor) -> None:
+    """The current stream waits for the marked one where that is another; a captured one began after it."""
+    if mark is not None:
+        cuda = sys.modules["torch"].cuda
+        stream = cuda.current_stream(like.device)
+        if stream != mark[0] and not cuda.is_current_stream_capturing():
+            stream.wait_event(mark[1])
 
 
 def _identity(slots: tuple[Any, ...], like: Tensor, shape: Any) -> tuple[Any, list[Any] | None]:

@@ -212,7 +212,8 @@ class DeltaModel(nn.Module):  # type: ignore[misc]
     def batch(self, names: str | Sequence[str | None] | None, n_rows: int) -> Iterator[Batch]:
         """Runs the block's calls of `self.model` with these tenants, which stay resident meanwhile."""
         rows = self._names(names, n_rows)
-        distinct = list(dict.fromkeys(name for name in rows if name is not None))
+        order = {name: i for i, name in enumerate(self.sources)}  # the same for the same tenants in any rows
+        distinct = sorted({name for name in rows if name is not None}, key=lambda name: order.get(name, -1))
         with self.pool.use(distinct) as tenants:
             index: dict[str | None, int] = {name: i for i, name in enumerate(distinct)}
             index[None] = -1

@@ -69,7 +69,8 @@ typedef struct {
     PyObject_HEAD int64_t N, K, T;
     int max_planes, has_columns;
     int64_t n_tensors, n_lent;
-    tensor *tensors; /* the table first */
+    tensor *tensors;      /* the table first */
+    bd_cuda_delta *slots; /* what the table is copied from, without waiting for it */
 } cuda_deltas;
 
 /* NULL with an exception when object is something else, or on another GPU than the call's tensors. */

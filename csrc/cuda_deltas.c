@@ -25,6 +25,7 @@ deltas_dealloc(cuda_deltas *self)
         tensor_release(&self->tensors[i]);
     }
     PyMem_Free(self->tensors);
+    PyMem_Free(self->slots);
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
 }
@@ -106,7 +107,7 @@ fill_slot(module_state *state, cuda_deltas *self, PyObject *parts, bd_cuda_delta
 
 /* Lends everything to emulated kernels for as long as this lives, and writes the table. */
 static int
-put_table(cuda_deltas *self, const bd_cuda_delta *slots)
+put_table(cuda_deltas *self)
 {
     const tensor *table = &self->tensors[0];
     bd_cuda_context ctx;
@@ -128,7 +129,8 @@ put_table(cuda_deltas *self, const bd_cuda_delta *slots)
             status = bd_gpu_enter(table->device, &before, &ctx.capability, &ctx.n_processors);
         }
         if (status == BD_OK) {
-            status = bd_gpu_put(table->data, slots, (size_t)self->T * sizeof *slots, table->stream);
+            status = bd_gpu_put(table->data, self->slots, (size_t)self->T * sizeof *self->slots,
+                                table->stream);
             bd_gpu_leave(before);
         }
     Py_END_ALLOW_THREADS
@@ -148,10 +150,9 @@ fill(module_state *state, cuda_deltas *self, PyObject *table, PyObject *deltas)
     }
     const size_t T = (size_t)self->T;
     const int64_t table_shape[] = {self->T, (int64_t)(sizeof(bd_cuda_delta) / sizeof(int64_t))};
-    bd_cuda_delta *slots = PyMem_New(bd_cuda_delta, T);
+    self->slots = PyMem_New(bd_cuda_delta, T);
     self->tensors = PyMem_Calloc(N_PARTS * T + 1, sizeof(tensor));
-    if (slots == NULL || self->tensors == NULL) {
-        PyMem_Free(slots);
+    if (self->slots == NULL || self->tensors == NULL) {
         PyErr_NoMemory();
         return -1;
     }
@@ -160,13 +161,9 @@ fill(module_state *state, cuda_deltas *self, PyObject *table, PyObject *deltas)
                      ? -1
                      : 0;
     for (int64_t t = 0; t < self->T && status == 0; t++) {
-        status = fill_slot(state, self, PyTuple_GET_ITEM(deltas, t), &slots[t]);
+        status = fill_slot(state, self, PyTuple_GET_ITEM(deltas, t), &self->slots[t]);
     }
-    if (status == 0) {
-        status = put_table(self, slots);
-    }
-    PyMem_Free(slots);
-    return status;
+    return status == 0 ? put_table(self) : -1;
 }
 
 PyDoc_STRVAR(

@@ -22,8 +22,8 @@ const char *bd_gpu_message(void);
 bd_status bd_gpu_enter(int device, int *before, int *capability, int *n_processors);
 void bd_gpu_leave(int before);
 
-/* Copies n_bytes from the host to device memory in the order of the stream, and waits for it: not while
- * the stream is captured. */
+/* Copies n_bytes from the host to device memory in the order of the stream; `from` stays as it is until the
+ * stream has come past it. Not while the stream is captured. */
 bd_status bd_gpu_put(void *to, const void *from, size_t n_bytes, void *stream);
 
 /* Whether what is launched on the stream is being recorded into a CUDA graph. */

@@ -87,12 +87,9 @@ bd_gpu_leave(int before)
 bd_status
 bd_gpu_put(void *to, const void *from, size_t n_bytes, void *stream)
 {
-    const cudaStream_t on = static_cast<cudaStream_t>(stream);
-    cudaError_t error = cudaMemcpyAsync(to, from, n_bytes, cudaMemcpyHostToDevice, on);
-    if (error == cudaSuccess) {
-        error = cudaStreamSynchronize(on);
-    }
-    return bd_gpu_status("copying to the GPU", error);
+    return bd_gpu_status("copying to the GPU",
+                         cudaMemcpyAsync(to, from, n_bytes, cudaMemcpyHostToDevice,
+                                         static_cast<cudaStream_t>(stream)));
 }
 
 int
