@@ -68,7 +68,7 @@ def plan(build: str) -> list[Step]:
 
 def sanitizer(tool: str, command: list[str], variables: dict[str, str]) -> Step:
     tools = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-    return Step(tool, 40, "sanitizer.log", [*tools, *command], variables)
+    return Step(tool, 60, "sanitizer.log", [*tools, *command], variables)
 
 
 def run(steps: list[Step], out: Path, seconds: float = SECONDS) -> list[dict[str, Any]]:
@@ -119,8 +119,11 @@ def show(out: Path) -> None:
 
     for name in ("bench.json", "model.json"):
         text = (out / name).read_text(encoding="utf-8") if (out / name).is_file() else ""
-        if text.strip():
-            print(*bench.describe(json.loads(text)), "", sep="\n")
+        try:
+            lines = list(bench.describe(json.loads(text)))
+        except ValueError:  # not begun, or stopped before its end
+            lines = [f"{name}: no report"]
+        print(*lines, "", sep="\n")
 
 
 def main(arguments: list[str]) -> int:

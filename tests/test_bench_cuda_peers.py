@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import bitdelta
-from bitdelta.bench import cuda_cases, cuda_peers
+from bitdelta.bench import cuda_cases, cuda_peers, cuda_timing
 from bitdelta.bench.cuda_cases import (
     BMM,
     DELTA,
@@ -89,6 +89,52 @@ def test_a_pool_is_random_and_its_weights_are_finite():
         pool.cut(32, (4,))
     with pytest.raises(ValueError, match="at: expected"):
         pool.cut(1 << 16, (4,))
+
+
+class Clock:
+    """Events of a GPU whose calls take a second, and every further pass a tenth more."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+        self.at = None
+
+    def record(self):
+        self.at = Clock.now
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+
+def test_a_sample_is_the_time_of_a_pass_over_all_sets(monkeypatch):
+    passes = []
+
+    def run():
+        passes.append(len(passes))
+        Clock.now += 4 * (1 + 0.1 * len(passes))
+
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(cuda_timing, "n_samples", lambda once, seconds: 5)
+    sample = cuda_timing.timed(run, 4, 1.0)
+    assert len(passes) == 3 + 5  # the first three warm up and tell how many samples fit
+    assert sample.calls == 5 and sample.median == pytest.approx(1 + 0.1 * 6)
+    assert (sample.low, sample.high) == (pytest.approx(1.5), pytest.approx(1.7))
+
+
+@pytest.mark.parametrize(
+    "once, seconds, count", [(1e-4, 1.0, 100), (0.05, 1.0, 20), (1.0, 1.0, 10), (0.0, 1.0, 100)]
+)
+def test_samples_are_a_hundred_or_as_many_as_fit(once, seconds, count):
+    assert cuda_timing.n_samples(once, seconds) == count
+
+
+def test_calls_of_a_list_each_take_their_item():
+    found = []
+    for call in cuda_timing.each(found.append, range(3)):
+        call()
+    assert found == [0, 1, 2]
 
 
 PROGRAM = """
