@@ -125,10 +125,8 @@ mma_rate(const unsigned *random, result to)
 #define NAMES4 "%0, %1, %2, %3"
 #define NAMES8 NAMES4 ", %4, %5, %6, %7"
 #define NAMES16 NAMES8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define NAMES32                                                               \
-    NAMES16                                                                   \
-        ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, " \
-        "%29, %30, %31"
+#define NAMES24 NAMES16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define NAMES32 NAMES24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define GROUP_PRODUCT(N, names, a0, a1, a2, a3, b, ...)                                   \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k256.s32.b1.b1.and.popc {" names \
                  "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b ", 1;"                         \
