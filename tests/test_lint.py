@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PYTHON = ["bitdelta", "kernels", "tests", "setup.py"]
 C = sorted(
     path
-    for pattern in ("csrc/*.[ch]", "kernels/*.h", "kernels/*.cpp", "kernels/*.cu", "tests/cuda/*.cu")
+    for pattern in ("csrc/*.[ch]", "kernels/*.h", "kernels/*.cpp", "kernels/**/*.cu", "tests/cuda/*.cu")
     for path in ROOT.glob(pattern)
 )
 

@@ -158,7 +158,7 @@ group_rate(const unsigned *random, result to)
     for (int i = 0; i < LOOPS; i++) {
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
         BD_UNROLL
-        for (int c = 0; c < 4; c++) {
+        for (int c = 0; c < REPEATS; c++) {
             if constexpr (N == 8) {
                 GROUP_PRODUCT(8, NAMES4, "%4", "%5", "%6", "%7", "%8", WORDS4(d, 0));
             } else if constexpr (N == 16) {
@@ -387,7 +387,8 @@ print_mma(const machine &gpu, int capability)
         print_rates(gpu, "b1 m16n8k256", mma_rate<b1>, chains * b1::PRODUCTS, ", ");
     }
     if (capability == 90) {
-        const double group = 4.0 * LOOPS * 64 * 256 / WARPS_OF_GROUP; /* of a warp, a column */
+        const double group = static_cast<double>(LOOPS) * REPEATS * 64 * 256 /
+                             WARPS_OF_GROUP; /* of a warp, a column */
         print_rates(gpu, "b1 m64n8k256", group_rate<8>, group * 8, ", ");
         print_rates(gpu, "b1 m64n16k256", group_rate<16>, group * 16, ", ");
         print_rates(gpu, "b1 m64n32k256", group_rate<32>, group * 32, ", ");

@@ -89,7 +89,7 @@ def test_the_loops_of_the_rates_are_made_of_what_they_measure(nvcc, target):
         )
     groups = {each: numbers["b1 of a warp group"] for each, numbers in found.items()}
     assert {each: count for each, count in groups.items() if count} == (
-        {f"group_rate<{columns}>": 4 for columns in (8, 16, 32, 64)} if has_groups else {}
+        {f"group_rate<{columns}>": 16 for columns in (8, 16, 32, 64)} if has_groups else {}
     )
     for kinds, wanted in ((1, {"lop3"}), (2, {"shf"}), (4, {"imad"}), (7, {"lop3", "shf", "imad"})):
         numbers = found[f"alu_rate<{kinds}>"]
