@@ -3,7 +3,8 @@
     linear      the base's own product, whatever module makes it, + every row's delta; Conv1D likewise
     embedding   the base's rows, those of tenants replaced
     experts     stacks of matrices: linears over the rows that the router sends; routers likewise
-    split       anything else: the batch is cut by tenant, each part runs with the tenant's parameters
+    split       anything else: the batch is cut by tenant, each part runs with the tenant's parameters; for experts
+                that take their rows sorted, and those in lists, around the block that sorts
 
 `install` gives a module's instance another `forward`; names, parameters and hooks of the model stay. Without a
 batch, or where no tenant of the batch changed the module, the base's own `forward` runs.
@@ -26,12 +27,12 @@ from .batch import Batch, Rows
 from .errors import Error
 from .experts_forward import ExpertsForward, RouterForward, has_stacks, is_router
 from .linear_forward import Conv1DForward, LinearForward
-from .split_forward import NormForward, SplitForward, broadcasts
+from .split_forward import NormForward, SortedForward, SplitForward, broadcasts
 from .wrapped import Wrapped
 
 CACHES = {"past_key_values", "past_key_value", "layer_past", "cache_params", "cache"}
 ABOUT = "dtype|device|shape|size|ndim|dim|numel"  # of a parameter, not its values
-EXPERTS = re.compile(r"(.+)\.experts\.\d+(?:\..+)?")  # experts see the tokens that the router sends them
+EXPERTS = re.compile(r"(.+)\.experts\.[^.]*\d(?:\..+)?")  # experts see the tokens that the router sends them
 
 
 class EmbeddingForward(Wrapped):
@@ -130,26 +131,33 @@ def install(model: nn.Module, path: str) -> Iterator[Wrapped]:
     Raises:
         bitdelta.Error: a module that cannot run rows of several tenants.
     """
-    module = model.get_submodule(path)
-    if not _is_wrapped(module):
+    module, parent_path = model.get_submodule(path), path.rpartition(".")[0]
+    own = _wrapped(module)
+    if own is None:
         kind = kind_of(module)
         if kind is SplitForward:
             _refuse_cache(module, path)
-        yield _put(kind(module, path))
-    if match := EXPERTS.fullmatch(path):
-        block = model.get_submodule(match[1])
-        if not _is_wrapped(block):
-            _refuse_cache(block, match[1])
-            yield _around(SplitForward(block, match[1]), "forward")
-    parent_path = path.rpartition(".")[0]
+        own = _put(kind(module, path))
+        yield own
+    match = EXPERTS.fullmatch(path)
+    block_path = match[1] if match else parent_path if isinstance(own, SortedForward) else None
+    if block_path is not None:
+        block = model.get_submodule(block_path)
+        around = _wrapped(block)
+        if isinstance(around, SplitForward):
+            around.has_inner = True
+        else:
+            _refuse_cache(block, block_path)
+            yield _around(SplitForward(block, block_path), "forward")
     parent = model.get_submodule(parent_path)
     if hasattr(parent, "compute_bias") and not isinstance(parent.__dict__.get("compute_bias"), Wrapped):
         yield _around(SplitForward(parent, parent_path, "compute_bias"), "compute_bias")
 
 
-def _is_wrapped(module: nn.Module) -> bool:
-    """Whether it is, also where accelerate has put a hook around that since."""
-    return any(isinstance(vars(module).get(name), Wrapped) for name in ("forward", "_old_forward"))
+def _wrapped(module: nn.Module) -> Wrapped | None:
+    """Its other forward, also where accelerate has put a hook around that since."""
+    found = (vars(module).get(name) for name in ("forward", "_old_forward"))
+    return next((own for own in found if isinstance(own, Wrapped)), None)
 
 
 def _put(wrapped: Wrapped, method: str = "forward") -> Wrapped:
@@ -176,7 +184,9 @@ def kind_of(module: nn.Module) -> type[Wrapped]:
         return ExpertsForward
     if broadcasts(module):
         return NormForward
-    return RouterForward if is_router(module) else SplitForward
+    if is_router(module):
+        return RouterForward
+    return SortedForward if "Expert" in name else SplitForward
 
 
 def _refuse_cache(module: nn.Module, path: str) -> None:

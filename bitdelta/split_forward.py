@@ -53,6 +53,21 @@ class SplitForward(Wrapped):
         return _join(found, batch, self.path)
 
 
+class SortedForward(SplitForward):
+    """Of experts that are told no tokens of their rows, which come sorted by expert: no row says whose it is.
+
+    So the block around them is cut by tenant, and they see one tenant at a time.
+    """
+
+    def run(self, plan: dict[int, Callable[..., Any]], batch: Batch, *args: Any, **kwargs: Any) -> Any:
+        if not batch.is_uniform:
+            raise Error(
+                f"{self.path}: {type(self.module).__name__} takes its rows sorted by expert, so that it cannot run "
+                "rows of several tenants here; run them in separate batches"
+            )
+        return super().run(plan, batch, *args, **kwargs)
+
+
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
 

@@ -1,4 +1,4 @@
-"""Twenty architectures, tiny and random: every row of a mixed batch equals the merged model of its tenant."""
+"""Twenty-two architectures, tiny and random: every row of a mixed batch equals the merged model of its tenant."""
 
 import pytest
 import torch
@@ -61,6 +61,20 @@ ARCHITECTURES = {
         ),
         "DeepseekV3ForCausalLM",
     ),
+    "llama4": (
+        lambda: tf.Llama4TextConfig(
+            **GROUPED, intermediate_size_mlp=48, num_local_experts=4, num_experts_per_tok=1, interleave_moe_layer_step=1
+        ),
+        "Llama4ForCausalLM",
+    ),
+    "switch": (
+        lambda: tf.SwitchTransformersConfig(
+            vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4, num_experts=4,
+            num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, dropout_rate=0.0, eos_token_id=2, pad_token_id=0,
+            decoder_start_token_id=0, expert_capacity=64,
+        ),
+        "SwitchTransformersForConditionalGeneration",
+    ),
     "t5": (
         lambda: tf.T5Config(
             vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0, eos_token_id=2,
@@ -87,6 +101,7 @@ ARCHITECTURES = {
 }  # fmt: skip
 # what holds parameters that nothing but cutting the batch can give to some rows only
 SPLIT = {
+    "llama4": {"Llama4TextExperts"},
     "opt": {"OPTLearnedPositionalEmbedding"},
     "vit": {"Conv2d", "ViTEmbeddings"},
     "whisper": {"Conv1d", "WhisperPositionalEmbedding"},
@@ -105,7 +120,7 @@ def inputs(name, rows):
             "input_features": torch.randn(rows, 8, 40, generator=generator),
             "decoder_input_ids": ids,
         }
-    if name == "t5":
+    if name in ("t5", "switch"):
         return {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
     return {"input_ids": ids}
 

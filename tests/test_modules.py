@@ -99,6 +99,46 @@ def test_rows_that_belong_to_no_entry_of_the_batch_are_refused_by_name():
     assert run(model, torch.randn(7, 4), [changed], [0, 0]).shape == (7, 4)
 
 
+class SortedExperts(nn.Module):
+    """A stack that takes its rows sorted by expert, as many for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 4, 4))
+
+    def forward(self, x):
+        return torch.bmm(x.view(2, -1, 4), self.weight).view(-1, 4)
+
+
+class Sorting(nn.Module):
+    """Gives all rows to both experts, all of the first one's first."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = SortedExperts()
+
+    def forward(self, x):
+        flat = x.reshape(-1, 4)
+        return self.experts(flat.repeat(2, 1)).view(2, *x.shape).sum(0)
+
+
+def test_a_block_that_sorts_rows_by_expert_is_cut_by_tenant():
+    torch.manual_seed(0)
+    model, other = nn.Sequential(Sorting()), nn.Sequential(Sorting())
+    x = torch.randn(4, 6, 4)
+    with torch.no_grad():
+        wanted = [model(x), other(x)]
+    changed = tenant(model, dict(other.state_dict()))
+    found = run(model, x, [changed], [0, -1, 0, -1])
+    for row, who in enumerate([1, 0, 1, 0]):
+        assert torch.allclose(found[row], wanted[who][row], atol=1e-6)
+    assert torch.equal(model(x), wanted[0])
+    alone = nn.Sequential(SortedExperts())  # nothing around it to cut
+    changed = tenant(alone, {"0.weight": torch.zeros(2, 4, 4)})
+    with pytest.raises(Error, match="0: SortedExperts takes its rows sorted by expert"):
+        run(alone[0], x.view(-1, 4), [changed], [0, -1, 0, -1])
+
+
 class Reversed(nn.Module):
     """Called a norm, but its weight does not broadcast."""
 
