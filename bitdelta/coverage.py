@@ -31,8 +31,8 @@ def coverage(site: Site, tenant: Tenant) -> dict[str, Any]:
     count = dict.fromkeys(WAYS, 0)
     kinds: dict[str, int] = {}
     seen: set[int] = set()
-    trainable = dict(site.model.named_parameters(remove_duplicate=False))
-    for name, parameter in trainable.items():
+    parameters = {**dict(site.model.named_parameters(remove_duplicate=False)), **site.mapping.implied}
+    for name, parameter in parameters.items():
         if id(parameter) in seen:
             continue
         seen.add(id(parameter))

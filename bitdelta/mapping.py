@@ -99,6 +99,8 @@ class Mapping:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        self.implied = _implied(model, self.state)
+        self.state |= self.implied
         self.renamings, self.converters = _transforms(model)
         self._places: dict[Any, Any] = {}
         self._renamed: dict[str, tuple[str, str | None]] = {}
@@ -134,6 +136,17 @@ class Mapping:
         if target not in self.state and name in self.state:
             target, pattern = name, None
         return target, pattern
+
+
+def _implied(model: Any, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Weights of linears that keep them under other names, as GPTQ's do: without values, and not of a float type."""
+    found = {}
+    for path, module in model.named_modules():
+        name = f"{path}.weight"
+        if name not in state and hasattr(module, "in_features") and hasattr(module, "out_features"):
+            shape = module.out_features, module.in_features
+            found[name] = torch.empty(shape, dtype=torch.int8, device="meta")
+    return found
 
 
 def _transforms(model: Any) -> tuple[list[Any], list[Any]]:
