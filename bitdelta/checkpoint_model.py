@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Checkpoint
@@ -9,6 +10,20 @@ from .errors import Error
 
 if TYPE_CHECKING:
     from .mapping import Conversion
+
+
+def read_config(path: Path) -> Any:
+    """A config.json, or the one of a folder, as transformers reads it: old and new spellings of a setting are one.
+
+    Raises:
+        bitdelta.Error: it does not.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise Error(f"{path}: transformers cannot read it: {' '.join(str(error).split())[:200]}") from error
 
 
 def build(checkpoint: Checkpoint, is_empty: bool) -> Any:

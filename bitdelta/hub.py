@@ -14,6 +14,10 @@ from pathlib import Path
 
 from .errors import Error
 
+SAVED, TENANT = (
+    "bitdelta_model.json",
+    "delta-",
+)  # what DeltaModel.save_pretrained writes: a file, and sub-folders
 _ID = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -28,7 +32,7 @@ _IGNORED = [
         "training_args.bin",
         "optimizer*",
         "scheduler*",
-        "adapter_model*",
+        "adapter_model*.bin",
         "trainer_state.json",
     ),
 ]
@@ -52,8 +56,11 @@ def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Foun
 
     Raises:
         bitdelta.Error: neither a folder nor an id that huggingface_hub can give.
+        TypeError: not a path or text.
     """
-    text = os.fspath(source)
+    text = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+    if not isinstance(text, str):
+        raise TypeError(f"expected a folder or a Hub id, got {type(source).__name__}")
     path = Path(os.path.expanduser(text))
     if text and path.is_dir():
         if revision is not None:
@@ -82,7 +89,7 @@ def _describe(root: Path, id: str | None = None) -> Found:
 
 
 def _download(text: str, name: str, revision: str | None) -> Path:
-    """The snapshot's folder; safetensors, or where the repository has none, PyTorch's files."""
+    """The snapshot's folder: safetensors, or where there are none, PyTorch's files; of a saved model its deltas too."""
     try:
         from huggingface_hub import constants, snapshot_download
     except ImportError as error:
@@ -96,6 +103,8 @@ def _download(text: str, name: str, revision: str | None) -> Path:
             )
             if any(root.glob("*.safetensors")):
                 break
+        if (root / SAVED).is_file():
+            snapshot_download(name, revision=root.name, allow_patterns=f"{TENANT}*/*")
         return root
     except Exception as error:  # its own errors, those of its HTTP library, OSError, ValueError
         where = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub did not give it"

@@ -27,9 +27,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .batch import Batch, current
 from .checkpoint import Checkpoint, open_checkpoint
+from .hub import resolve
 from .linear_forward import LinearForward
 from .modules import install
 from .site import Site
@@ -68,6 +70,8 @@ class DeltaModel(nn.Module):  # type: ignore[misc]
         prefill: str = "exact",
         host_resident: int | None = 0,
     ) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
         if prefill not in ("exact", "merged"):
             raise ValueError(f"prefill: expected 'exact' or 'merged', got {prefill!r}")
         super().__init__()
@@ -79,7 +83,8 @@ class DeltaModel(nn.Module):  # type: ignore[misc]
         self.lanes = Lanes()
         self.active: str | None = None
         self.wrapped: list[Wrapped] = []
-        self.sources: dict[str, str] = {}
+        self.sources: dict[str, str] = {}  # as the caller named them
+        self.folders: dict[str, Path] = {}
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         model.register_forward_pre_hook(_note_rows, with_kwargs=True)
@@ -139,14 +144,18 @@ class DeltaModel(nn.Module):  # type: ignore[misc]
         if not isinstance(name, str) or not name or name == BASE:
             raise ValueError(f"name: expected a name other than {BASE!r}, got {name!r}")
 
+        # found once: where an evicted tenant comes from does not depend on the working directory or on the Hub's news
+        folder = resolve(path, revision).root.absolute()
+
         def make() -> Tenant | Parcel:
-            tenant = tenant_from(name, path, revision, self.site, self.base, allow_base)
+            tenant = tenant_from(name, folder, self.site, self.base, allow_base)
             self._install(tenant)
             return self.lanes.staged(tenant, self.site)
 
         self.pool.load(name, make, pin)
         logger.info("%s: loaded from %s", name, path)
         self.sources[name] = f"{path}@{revision}" if revision else os.fspath(path)
+        self.folders[name] = folder
         self._size_vocabulary()
 
     def unload_delta(self, name: str) -> None:
@@ -154,6 +163,7 @@ class DeltaModel(nn.Module):  # type: ignore[misc]
         self.pool.unload(name)
         logger.info("%s: unloaded", name)
         self.sources.pop(name, None)
+        self.folders.pop(name, None)
         if self.active == name:
             self.active = None
         self._size_vocabulary()
@@ -234,8 +244,16 @@ class DeltaModel(nn.Module):  # type: ignore[misc]
     def _names(self, names: str | Sequence[str | None] | None, n_rows: int) -> list[str | None]:
         if names is None or isinstance(names, str):
             names = [self.active if names is None else names] * n_rows
+        try:
+            names = list(names)
+        except TypeError:
+            kind = type(names).__name__
+            raise TypeError(f"delta_names: expected a name or a list of names, got {kind}") from None
         if len(names) != n_rows:
             raise ValueError(f"delta_names: expected {n_rows} names, one per row, got {len(names)}")
+        wrong = next((name for name in names if not isinstance(name, str | None)), None)
+        if wrong is not None:
+            raise TypeError(f"delta_names: expected names, or None for the base, got {str(wrong)[:80]!r}")
         return [None if name == BASE else name for name in names]
 
     def _install(self, tenant: Tenant) -> None:

@@ -1,7 +1,7 @@
 """A DeltaModel on disk, and a tenant written into the base's own weights.
 
 OUT/bitdelta_model.json    base: id or folder, revision; deltas: name -> sub-folder
-OUT/NAME/                  the tenant's packed delta or LoRA adapter, as it was loaded
+OUT/delta-I/               the tenant's packed delta or LoRA adapter, as it was loaded
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ import torch
 from torch import nn
 
 from .errors import Error, FormatError
-from .folder import PendingFolder, refuse_existing
+from .folder import PendingFolder, refuse_existing, refuse_inside
 from .header import read_json
-from .hub import resolve
+from .hub import SAVED, TENANT, resolve
 from .layout import inside
 from .tenant_config import set_key
 
 if TYPE_CHECKING:
     from .model import DeltaModel
 
-FILE = "bitdelta_model.json"
 VERSION = 1
 
 
@@ -41,7 +40,8 @@ def save(model: DeltaModel, out_dir: Path) -> None:
     """Writes the folder; it appears whole or not at all."""
     refuse_existing(out_dir)
     base = model.base
-    folders = {name: f"delta-{i}" for i, name in enumerate(model.deltas)}
+    refuse_inside(out_dir, base.root, *model.folders.values())
+    folders = {name: f"{TENANT}{i}" for i, name in enumerate(model.deltas)}
     about = {
         "format_version": VERSION,
         "base": base.id or str(base.root.resolve()),
@@ -52,8 +52,8 @@ def save(model: DeltaModel, out_dir: Path) -> None:
     try:
         folder.clear()
         for name, sub in folders.items():
-            shutil.copytree(resolve(model.sources[name]).root, folder.path / sub)
-        (folder.path / FILE).write_text(
+            shutil.copytree(model.folders[name], folder.path / sub)
+        (folder.path / SAVED).write_text(
             json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
         folder.publish()
@@ -64,19 +64,19 @@ def save(model: DeltaModel, out_dir: Path) -> None:
 def read_saved(source: str | os.PathLike[str], revision: str | None) -> Saved | None:
     """What `save` wrote, or None where the source is something else."""
     root = resolve(source, revision).root
-    if not (root / FILE).is_file():
+    if not (root / SAVED).is_file():
         return None
-    about = read_json(root / FILE)
-    deltas = about.get("deltas")
+    about = read_json(root / SAVED)
+    base, revision, deltas = (about.get(key) for key in ("base", "revision", "deltas"))
     if (
         about.get("format_version") != VERSION
-        or not isinstance(about.get("base"), str)
+        or not isinstance(base, str)
+        or not isinstance(revision, str | None)
         or not isinstance(deltas, dict)
+        or not all(isinstance(sub, str) for sub in deltas.values())
     ):
-        raise FormatError(f"{root / FILE}: expected format_version {VERSION}, base and deltas")
-    return Saved(
-        about["base"], about.get("revision"), {name: inside(root, sub) for name, sub in deltas.items()}
-    )
+        raise FormatError(f"{root / SAVED}: expected format_version {VERSION}, base, revision and deltas")
+    return Saved(base, revision, {name: inside(root, sub) for name, sub in deltas.items()})
 
 
 def push(model: DeltaModel, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
@@ -123,6 +123,7 @@ def merge_into(model: DeltaModel, name: str | None) -> Any:
     for other in model.deltas:
         model.pool.unload(other)
     model.sources.clear()
+    model.folders.clear()
     return base
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint
-from .errors import BaseMismatchError, Error
+from .checkpoint_model import read_config
+from .errors import BaseMismatchError
 from .header import read_json
-from .hub import resolve
 from .packfile import Packfile, load
 from .quantized import quantized_modules
 from .site import Site
@@ -27,18 +27,10 @@ def model_class(config: dict[str, Any]) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def tenant_from(
-    name: str,
-    path: str | os.PathLike[str],
-    revision: str | None,
-    site: Site,
-    base: Checkpoint,
-    allow_base: str | None,
-) -> Tenant:
-    """The tenant of a packed delta or of a PEFT LoRA folder."""
+def tenant_from(name: str, root: Path, site: Site, base: Checkpoint, allow_base: str | None) -> Tenant:
+    """The tenant of a packed delta's folder, or of a PEFT LoRA adapter's."""
     if allow_base not in (None, "quantized"):
         raise ValueError(f"allow_base: expected 'quantized' or None, got {allow_base!r}")
-    root = resolve(path, revision).root
     if (root / "adapter_config.json").is_file():
         from .lora import lora_tenant
 
@@ -77,8 +69,8 @@ def _packed(name: str, packfile: Packfile, site: Site, base: Checkpoint) -> Tena
     is_tied = False
     if "config.json" in files:
         own = read_json(files["config.json"])
-        finetuned = _config(files["config.json"])
-        changed = difference(_config(base.files["config.json"]), finetuned)
+        finetuned = read_config(files["config.json"])
+        changed = difference(read_config(base.files["config.json"]), finetuned)
         parts = own_parts(site.model, finetuned, changed, str(packfile.root))
         is_tied = bool(finetuned.tie_word_embeddings)
     changes = changes_of(packfile, base, site, is_tied)
@@ -100,13 +92,3 @@ def _packed(name: str, packfile: Packfile, site: Site, base: Checkpoint) -> Tena
         config=changed,
         by_module=site.by_module(changes),
     )
-
-
-def _config(path: Any) -> Any:
-    """The config as transformers reads it, so that old and new spellings of a setting are one."""
-    import transformers
-
-    try:
-        return transformers.AutoConfig.from_pretrained(path)
-    except (ValueError, OSError, KeyError) as error:
-        raise Error(f"{path}: transformers cannot read it: {' '.join(str(error).split())[:200]}") from error

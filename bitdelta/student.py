@@ -24,6 +24,7 @@ from torch import nn
 
 from .array import to_float32
 from .checkpoint import Checkpoint
+from .checkpoint_model import read_config
 from .delta import Delta
 from .errors import Error
 from .packfile import Packfile
@@ -101,7 +102,7 @@ def model_kind(path: Path) -> tuple[Any, Any]:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    config = transformers.AutoConfig.from_pretrained(path.parent, local_files_only=True)
+    config = read_config(path)
     names = config.architectures or []
     if not names:
         return transformers.AutoModel._model_mapping[type(config)], config

@@ -31,9 +31,10 @@ def snapshot(cache, name, commit, files, ref=None):
     (repository / "refs").mkdir(exist_ok=True)
     folder.mkdir(parents=True)
     for file, content in files.items():
-        blob = f"{commit[:8]}-{file}"
-        (repository / "blobs" / blob).write_bytes(content)
-        (folder / file).symlink_to(os.path.join("..", "..", "blobs", blob))
+        blob = repository / "blobs" / f"{commit[:8]}-{file.replace('/', '-')}"
+        blob.write_bytes(content)
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).symlink_to(os.path.relpath(blob, (folder / file).parent))
     if ref:
         (repository / "refs" / ref).write_text(commit)
     return folder
@@ -169,12 +170,13 @@ def test_only_what_is_read_is_asked_for(monkeypatch, tmp_path):
 
     wanted = ["config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
               "tokenizer.model", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
-              "chat_template.jinja", "additional_chat_templates/tool.jinja", "merges.txt", "LICENSE"]  # fmt: skip
+              "chat_template.jinja", "additional_chat_templates/tool.jinja", "merges.txt", "LICENSE",
+              "adapter_config.json", "adapter_model.safetensors"]  # fmt: skip
     torch = ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"]
     unwanted = ["consolidated.safetensors", "original/consolidated.00.pth", "original/params.json", "training_args.bin",
                 "onnx/model.onnx", "model.gguf", "flax_model.msgpack", "tf_model.h5", "coreml/a.mlmodel",
                 "checkpoint-5/model.safetensors", "checkpoint-5/pytorch_model.bin", "runs/1/events.out.tfevents.0",
-                "optimizer.bin", "adapter_model.safetensors"]  # fmt: skip
+                "optimizer.bin", "adapter_model.bin"]  # fmt: skip
     calls = []
 
     def download(name, *, revision, allow_patterns, ignore_patterns):
@@ -186,10 +188,35 @@ def test_only_what_is_read_is_asked_for(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     hub.resolve("owner/both")
-    assert calls == [{*wanted, torch[1]}, {*wanted, *torch} - set(wanted[5:7])]
+    assert calls == [{*wanted, torch[1]}, {*wanted[:-1], *torch} - set(wanted[5:7])]
     (tmp_path / "model.safetensors").write_bytes(safetensors(1))
     hub.resolve("owner/both")
     assert len(calls) == 3, "a repository with safetensors is asked once"
+
+
+def test_the_deltas_of_a_saved_model_are_asked_for(monkeypatch, tmp_path):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    root = tmp_path / NEW
+    root.mkdir()
+    (root / hub.SAVED).write_text("{}")
+    files = [
+        hub.SAVED,
+        "delta-0/delta_model.safetensors",
+        "delta-0/tokenizer.json",
+        "delta-1/adapter_model.safetensors",
+    ]
+    got = set()
+
+    def download(name, revision, allow_patterns, ignore_patterns=None):
+        got.update(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        assert name == "owner/many" and revision in ("v1", NEW)
+        return str(root)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    hub.resolve("owner/many@v1")
+    assert got == set(files)
 
 
 def test_whatever_the_hub_raises_is_one_line(monkeypatch, tmp_path):

@@ -1,5 +1,7 @@
 """DeltaModel: every row of a mixed batch is what the merged model of its tenant gives for the row alone."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -104,6 +106,25 @@ def test_beams_of_every_row_are_those_of_its_merged_model(llama):
             assert own[:length].tolist() == alone[:length].tolist() and (own[length:] == 0).all()
 
 
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"do_sample": True, "top_k": 1}], ids=["beams", "sampled"]
+)
+def test_several_sequences_of_padded_rows_of_many_tenants_are_those_of_each_row_alone(llama, options):
+    """Sampled from the likeliest token alone, so that chance has no say."""
+    _, model, plain = llama
+    ids, mask = tokens(5, 9, seed=4), torch.ones(5, 9, dtype=torch.long)
+    for row in range(5):
+        ids[row, : 2 * row], mask[row, : 2 * row] = 0, 0
+    options = options | {"num_return_sequences": 2}
+    found = generated(model, ids, attention_mask=mask, delta_names=NAMES, **options)
+    assert len(found) == 10
+    for row, who in enumerate(WHO):
+        wanted = generated(plain[who], ids[row : row + 1, 2 * row :], **options)
+        for own, alone in zip(found[2 * row : 2 * row + 2], wanted, strict=True):
+            length = int((alone != 0).sum())
+            assert own[:length].tolist() == alone[:length].tolist() and (own[length:] == 0).all()
+
+
 def test_sampled_rows_are_drawn_from_their_tenants_distribution(llama):
     _, model, plain = llama
     ids = tokens(5)
@@ -136,6 +157,15 @@ def test_wrong_input_is_refused_by_name_and_the_model_goes_on(llama):
     before = model(ids, delta_names=["t0", "t1", None]).logits
     with pytest.raises(ValueError, match="expected 3 names, one per row, got 2"):
         model(ids, delta_names=["t0", "t1"])
+    with pytest.raises(ValueError, match="expected 3 names, one per row, got 2"):
+        model.generate(ids, delta_names=["t0", "t1"])
+    for wrong, words in (
+        (5, "got int"),
+        (["t0", 1, None], "got '1'"),
+        ([["t0"], None, None], "for the base, got"),
+    ):
+        with pytest.raises(TypeError, match=f"delta_names: expected .*{words}"):
+            model(ids, delta_names=wrong)
     with pytest.raises(KeyError, match="t7: no such delta; loaded: t0, t1"):
         model.generate(ids, delta_names=["t0", "t7", None])
     with pytest.raises(KeyError, match="t7"):
@@ -150,6 +180,12 @@ def test_wrong_input_is_refused_by_name_and_the_model_goes_on(llama):
         model.load_delta("new", root / "nowhere")
     with pytest.raises(FormatError, match="not a packed delta"):
         model.load_delta("new", root / "base")
+    with pytest.raises(TypeError, match="expected a folder or a Hub id, got bytes"):
+        model.load_delta("new", b"delta")
+    with pytest.raises(IndexError, match="token -1 is not in the vocabulary of t1"):
+        model(torch.tensor([[3, 4], [5, -1]]), delta_names=[None, "t1"])
+    with pytest.raises(TypeError, match="model: expected a model of transformers, got Linear"):
+        DeltaModel(torch.nn.Linear(2, 2), root / "base")
     assert model.deltas == ["t0", "t1"]
     assert torch.equal(model(ids, delta_names=["t0", "t1", None]).logits, before)
 
@@ -228,6 +264,9 @@ def test_save_pretrained_writes_what_from_pretrained_reads(llama, tmp_path):
     assert torch.equal(again(ids, delta_names=NAMES).logits, model(ids, delta_names=NAMES).logits)
     with pytest.raises(FileExistsError):
         model.save_pretrained(tmp_path / "saved")
+    for folder in (llama[0] / "base", llama[0] / "delta-0"):
+        with pytest.raises(ValueError, match="lies inside .*; choose a folder outside"):
+            model.save_pretrained(folder / "saved")
 
 
 def test_push_to_hub_uploads_the_saved_folder(llama, monkeypatch):
@@ -255,19 +294,68 @@ def test_push_to_hub_uploads_the_saved_folder(llama, monkeypatch):
     )
 
 
-def test_hub_ids_are_read_from_the_cache(llama, tmp_path, monkeypatch):
+@torch.no_grad()
+def test_hub_ids_of_bases_deltas_adapters_and_saved_models_are_read_from_the_cache(
+    llama, tmp_path, monkeypatch
+):
+    from huggingface_hub import constants
+    from test_hub import snapshot
+    from test_lora import adapter
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(name, folder, commit="1" * 40, ref="main"):
+        files = {
+            str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        }
+        snapshot(tmp_path / "hub", name, commit, files, ref)
+
     root, model, _ = llama
-    found = {"me/base": root / "base", "me/delta": root / "delta-0"}
-
-    def download(name, revision=None, **patterns):
-        return str(found[name])
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    again = DeltaModel.from_pretrained("me/base", dtype=torch.float32)
+    adapter(root, tmp_path / "adapter")
+    for name, folder in (
+        ("base", root / "base"),
+        ("delta", root / "delta-0"),
+        ("lora", tmp_path / "adapter"),
+    ):
+        put(f"me/{name}", folder)
+    again = DeltaModel.from_pretrained("me/base", dtype=torch.float32, max_resident=1)
     again.load_delta("t0", "me/delta@main")
+    again.load_delta("lora", "me/lora")
+    assert again.base.id == "me/base" and again.source("t0") == "me/delta@main"
     ids = tokens(2)
-    with torch.no_grad():
-        assert torch.equal(again(ids, delta_names="t0").logits, model(ids, delta_names="t0").logits)
+    wanted = model(ids, delta_names="t0").logits
+    assert torch.equal(again(ids, delta_names="t0").logits, wanted)
+    low_rank = again(ids, delta_names="lora").logits
+    put(
+        "me/delta", root / "delta-1", "2" * 40
+    )  # the branch moves on; a tenant that was evicted is the same again
+    assert torch.equal(again(ids, delta_names="t0").logits, wanted)
+    again.save_pretrained(tmp_path / "saved")
+    put("me/many", tmp_path / "saved")
+    saved = DeltaModel.from_pretrained("me/many", dtype=torch.float32)
+    assert saved.base.id == "me/base" and saved.deltas == ["t0", "lora"]
+    assert torch.equal(saved(ids, delta_names="t0").logits, wanted)
+    assert torch.equal(saved(ids, delta_names="lora").logits, low_rank)
+
+
+@pytest.mark.parametrize(
+    "about",
+    [{"format_version": 2}, {"base": 5}, {"revision": 5}, {"deltas": ["t0"]}, {"deltas": {"t0": 5}}],
+    ids=str,
+)
+def test_a_saved_model_that_is_not_one_is_refused_by_name(llama, tmp_path, about):
+    _, model, _ = llama
+    model.save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / "bitdelta_model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | about))
+    with pytest.raises(
+        FormatError, match="bitdelta_model.json: expected format_version 1, base, revision and deltas"
+    ):
+        DeltaModel.from_pretrained(tmp_path / "saved")
+    path.write_text(json.dumps({"format_version": 1, "base": "x", "deltas": {"t0": "../delta-0"}}))
+    with pytest.raises(FormatError, match="leads outside"):
+        DeltaModel.from_pretrained(tmp_path / "saved")
 
 
 def test_attributes_of_the_base_are_there():
