@@ -1,5 +1,6 @@
 """The bench in its quick form: it checks, it measures every row of the goals, it tells what it could not."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -30,6 +31,8 @@ def test_every_case_of_the_goals_is_measured_or_named(report):
     missing = set() if os.path.exists("/proc/self/maps") else {"load", "memory"}
     if report["limits"][-1]["read"] is None:
         missing.add("swap cold")
+    if importlib.util.find_spec("torch") is None:
+        missing.add("overhead")
     assert kinds == set(goals.NAMES) - missing
     assert all(any(goals.NAMES[kind] in line for line in report["not_measured"]) for kind in missing)
     assert {row["rows"] for row in report["rows"] if row["kind"] == "delta"} == {1, 4, 16, 64}
@@ -74,6 +77,16 @@ def test_a_swap_reads_every_byte_of_the_delta(report):
 
 def test_a_load_copies_nothing(report):
     assert [row["bytes"] for row in report["rows"] if row["kind"] == "load"] in ([0], [])
+
+
+def test_what_pytorch_adds_to_a_call_is_measured(report):
+    pytest.importorskip("torch")
+    [row] = [row for row in report["rows"] if row["kind"] == "overhead"]
+    assert row["goal"] == "<= 10 us" and row["calls"] > 1000 and row["met"] is None  # a quick run's
+    assert goals.judge({"kind": "overhead", "microseconds": 9.0}, {})["met"] is True
+    late = goals.judge({"kind": "overhead", "microseconds": 11.0}, {})
+    assert late["met"] is False and "11 us, goal <= 10 us" in goals.summary([late])[1]
+    assert any("bitdelta.ops.linear" in line for line in goals.not_measured([], {"torch": None}))
 
 
 def test_the_report_can_be_read(report):

@@ -6,6 +6,7 @@
     products   delta products, extraction and expansion against the dense product, interleaved (data, timing), each
                checked first on what it is timed with (strips); a process for each number of threads (process)
     latency    one linear against its size and the number of tenants: naive, LoRA, deltas
+    overhead   what PyTorch's side adds to a call of the extension; needs PyTorch
     files      a packfile's load and hot-swap, and compress, against reading maps, memory and disk
     goals      what each row should reach
     calibration  fitting without gradients against distillation; needs PyTorch and transformers
@@ -24,7 +25,7 @@ from typing import Any
 from ..errors import whole_number
 from ..table import table
 from ..threads import get_num_threads, let_torch_sleep
-from . import check, files, goals, limits, machine, process
+from . import check, files, goals, limits, machine, overhead, process
 
 
 def run(suite: str = "cpu", quick: bool = False, log: Callable[[str], None] = print) -> dict[str, Any]:
@@ -49,6 +50,7 @@ def run(suite: str = "cpu", quick: bool = False, log: Callable[[str], None] = pr
         report["checks"] = check.kernels(log)
         for threads in each:
             rows += process.run("products", threads, quick, log)
+        rows += overhead.measure(quick)
         report["checked_cases"] = _taken(rows)
     disk, measured = files.measure(quick, report["limits"][-1], log)
     report["limits"].append(disk)
