@@ -240,16 +240,11 @@ def turn(sign: Bits, shape: tuple[int, int]) -> Bits:
     return copy(np.stack(planes))
 
 
-def output_error(d: F32, delta: Delta | None, x: Any, is_turned: bool = False) -> tuple[float, float]:
-    """||x (d - delta)^T||^2 and ||x d^T||^2, of inputs x fp32 [M, K]; turned, ||x (d - delta)||^2 of x [M, N]."""
-    wrong, total = output_errors(d, [] if delta is None else [delta], x, is_turned)
-    return (wrong[0] if wrong else 0.0), total
-
-
 def output_errors(
     d: F32, deltas: list[Delta], x: F32, is_turned: bool = False, on: Host = HOST
 ) -> tuple[list[float], float]:
-    """The same of several deltas, on a device."""
+    """||x (d - delta)^T||^2 of each delta and ||x d^T||^2, of inputs x fp32 [M, K], on a device; turned,
+    ||x (d - delta)||^2 of x [M, N], and ||x d||^2."""
     wrong, total = [0.0] * len(deltas), 0.0
     placed = on.put(x)
     for begin in range(0, len(d), len(d) if is_turned else ROWS):

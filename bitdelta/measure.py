@@ -61,18 +61,8 @@ class Measured:
     candidates: list[Candidate]
 
 
-def measure(
-    plans: Mapping[str, Plan],
-    target: Any,
-    tokens: NDArray[np.int64],
-    n_held_out: int,
-    bits: float,
-    fit: str,
-    seed: int,
-    out_dir: Path,
-    bar: Any,
-) -> dict[str, Measured]:
-    """Measures the tensors of `plans`, all of which can be packed.
+class Measuring:
+    """Measures the tensors of `plans`, all of which can be packed, by `all`.
 
     Args:
         plans: by name.
@@ -83,15 +73,8 @@ def measure(
         seed: of the random signs of logits.
         out_dir: of the delta that is to be; what is measured lies in `.NAME.budget` beside it until `forget`.
         bar: counts tensors.
-
-    Raises:
-        ValueError: NaN or Inf in weights or activations.
-        bitdelta.Error: a model that cannot be run.
     """
-    return _Run(plans, target, tokens, n_held_out, bits, fit, seed, out_dir, bar).all()
 
-
-class _Run:
     def __init__(
         self,
         plans: Mapping[str, Plan],
@@ -123,6 +106,12 @@ class _Run:
         return hashlib.sha256(json.dumps([settings, about, entries, text]).encode()).hexdigest()
 
     def all(self) -> dict[str, Measured]:
+        """Every tensor.
+
+        Raises:
+            ValueError: NaN or Inf in weights or activations.
+            bitdelta.Error: a model that cannot be run.
+        """
         from .activations import Streamed, Whole
 
         if not self.path.exists():

@@ -53,7 +53,7 @@ def spend(
         ValueError: too few bits; what `calibrate` raises.
     """
     from .calibration_text import HELD_OUT, read_tokens
-    from .measure import measure
+    from .measure import Measuring
 
     packed = {plan.name: plan for plan in plans if plan.entry["form"] in PACKED}
     if not packed:
@@ -62,7 +62,7 @@ def spend(
     most = int(bits * sum(map(packable, (plan.entry for plan in packed.values()))) / 8)
     with progress_bar("measure", len(packed), progress, " tensors") as bar:
         n_held_out = max(1, len(tokens) // HELD_OUT)
-        found = measure(packed, target, tokens, n_held_out, bits, fit, 0, Path(out_dir), bar)
+        found = Measuring(packed, target, tokens, n_held_out, bits, fit, 0, Path(out_dir), bar).all()
     choice = choose({name: about.candidates for name, about in found.items()}, most)
     done = []
     for plan in plans:

@@ -1,8 +1,9 @@
-"""Small pairs to distill, whose best scales are known, and deltas of them whose scales are wrong."""
+"""Small pairs to distill, whose best scales are known, and deltas of them whose scales are wrong; as fixtures too."""
 
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from folders import same_bits
@@ -14,10 +15,6 @@ from bitdelta.rewrite import rewrite
 
 VOCABULARY = 96
 SHORT = {"steps": 12, "batch_size": 4, "length": 16, "lr": 0.05}
-
-
-def random_tokens():
-    return np.random.default_rng(0).integers(0, VOCABULARY, (60, 16))
 
 
 def make_pair(folder, kind=transformers.LlamaForCausalLM, config=None, size=0.02, dtype=torch.float32):
@@ -73,3 +70,18 @@ def assert_only_scales_differ(old, new):
             assert (after > 0).all() and (after != tensor.array()).any(), key
         else:
             assert same_bits(tensor.array(), after), key
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(0).integers(0, VOCABULARY, (60, 16))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return make_pair(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def delta(pair, tmp_path_factory):
+    return make_delta(pair, tmp_path_factory.mktemp("delta") / "row")

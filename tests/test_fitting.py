@@ -8,7 +8,7 @@ import bitdelta
 from bitdelta import _C, reference_calibrate
 from bitdelta.array import aligned_empty, to_float32
 from bitdelta.delta import extract
-from bitdelta.fitting import Inputs, _Fit, fit, output_error
+from bitdelta.fitting import Inputs, _Fit, fit, output_errors
 from bitdelta.reference import unpack
 
 
@@ -24,7 +24,7 @@ def hessian(x):
 
 
 def error(base, finetuned, delta, x):
-    wrong, total = output_error(to_float32(finetuned) - to_float32(base), delta, x)
+    (wrong,), total = output_errors(to_float32(finetuned) - to_float32(base), [delta], x)
     return wrong / total
 
 
@@ -268,15 +268,16 @@ def test_a_weight_may_be_turned_around(rng, scale, planes):
     base, finetuned = pair(rng, 72, 40)  # [in, out]
     x = some_inputs(rng, 72, 800)
     d = finetuned - base
-    plain, mirrored = extract(base, finetuned, planes, scale), extract(base.T.copy(), finetuned.T.copy())
-    errors = {}
+    plain = extract(base, finetuned, planes, scale)
+    deltas = {}
     for what in ("scales", "signs"):
         delta = fit(base, finetuned, hessian(x), planes, scale, fit=what, is_turned=True)
         assert (delta.form, delta.planes, delta.shape) == (scale, planes, (72, 40))
         assert (delta.scale >= 0).all()
-        errors[what] = output_error(d, delta, x, is_turned=True)[0]
-    assert errors["signs"] < errors["scales"] < output_error(d, plain, x, is_turned=True)[0]
-    assert np.allclose(output_error(d, plain, x, True)[1], output_error(d.T, mirrored, x)[1])
+        deltas[what] = delta
+    errors, total = output_errors(d, [deltas["signs"], deltas["scales"], plain], x, is_turned=True)
+    assert errors == sorted(errors)
+    assert np.allclose(total, output_errors(d.T, [], x)[1])
 
 
 @pytest.mark.parametrize("scale", ["tensor", "row", "rank1"])

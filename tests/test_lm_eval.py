@@ -63,7 +63,7 @@ def run(task, base, delta):
     return found, model, tokenizer
 
 
-def test_lm_eval_scores_base_and_delta(folders, task):  # noqa: F811
+def test_lm_eval_scores_base_and_delta(folders, task):
     found, model, tokenizer = run(task, folders / "base", folders / "delta")
     assert found["results"]["one_bit"]["sample_len"] == len(QUESTIONS)
     right = 0
@@ -85,7 +85,7 @@ def likelihood(model, tokenizer, question, choice):
     return math.fsum(float(logits[i - 1, whole[i]]) for i in range(len(context), len(whole)))
 
 
-def test_what_it_scores_is_what_merge_writes(folders, task, tmp_path):  # noqa: F811
+def test_what_it_scores_is_what_merge_writes(folders, task, tmp_path):
     bitdelta.merge(folders / "base", folders / "delta", tmp_path / "merged")
     ours, _, _ = run(task, folders / "base", folders / "delta")
     merged, _, _ = run(task, tmp_path / "merged", None)
