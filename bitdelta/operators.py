@@ -93,6 +93,8 @@ def run_linear(
 ) -> T:
     threads.sync()
     x = as_rows(x)
+    if weight is not None and weight.dim() != 2:
+        raise ValueError(f"weight: expected a matrix [N, K], got {list(weight.shape)}")
     N = weight.shape[0] if weight is not None else _n_outputs(handles)
     out = x.new_empty(x.shape[0], N)
     product = None

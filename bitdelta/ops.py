@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import cuda
@@ -54,7 +55,8 @@ def linear(
     >>> bitdelta.ops.linear(torch.tensor([[2.0, 1.0]]), None, None, [d], [0])
     tensor([[3.]])
     """
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    flat = _rows(x, "x")
+    _check(flat, deltas, weight=weight, bias=bias)
     if is_plain(flat) and not _needs_gradient(flat, weight, bias, deltas):
         if is_on_gpu(flat):
             plain_bias = None if bias is None else bias.detach()
@@ -119,7 +121,8 @@ def linear_add(
     Returns:
         [..., N] in y's dtype.
     """
-    flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    flat_x, flat_y = _rows(x, "x"), _rows(y, "y")
+    _check(flat_x, deltas)
     if _needs_gradient(flat_x, flat_y, None, deltas):
         new = torch.ops.bitdelta.linear_sum(
             flat_y, flat_x, *_parts(deltas, flat_x), _as_ids(tenant_ids), delta_in_dx
@@ -148,7 +151,8 @@ def linear_transposed(dy: T, deltas: Sequence[Delta | TorchDelta], tenant_ids: I
     """
     if not deltas:
         raise ValueError("deltas: expected at least one, got none")
-    flat, K = dy.reshape(-1, dy.shape[-1]), deltas[0].shape[1]
+    flat, K = _rows(dy, "dy"), deltas[0].shape[1]
+    _check(flat, deltas)
     if is_plain(flat) and not _needs_gradient(flat, None, None, deltas):
         if is_on_gpu(flat):
             g = cuda.linear_transposed(as_rows(flat), deltas, tenant_ids)
@@ -157,6 +161,31 @@ def linear_transposed(dy: T, deltas: Sequence[Delta | TorchDelta], tenant_ids: I
     else:
         g = torch.ops.bitdelta.linear_transposed(flat, *_parts(deltas, flat), _as_ids(tenant_ids), K)
     return g.view(*dy.shape[:-1], K)
+
+
+def _rows(x: T, name: str) -> T:
+    """As a matrix."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dim() == 2:
+        return x
+    if x.dim() == 0:
+        raise ValueError(f"{name}: expected rows [..., columns], got a number")
+    return x.reshape(-1, x.shape[-1])
+
+
+def _check(x: T, deltas: Sequence[Any], **tensors: T | None) -> None:
+    """The kinds of arguments; shapes and dtypes, and tables of deltas on a GPU, are the operators' to check."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(tensor).__name__}")
+    if is_on_gpu(x):
+        return
+    if not isinstance(deltas, list | tuple):
+        raise TypeError(f"deltas: expected a list, got {type(deltas).__name__}")
+    for delta in deltas:
+        if not isinstance(delta, Delta | TorchDelta):
+            raise TypeError(f"deltas: expected Delta or TorchDelta, got {type(delta).__name__}")
 
 
 def is_plain(x: T) -> bool:
@@ -214,5 +243,12 @@ def _parts(deltas: Sequence[Delta | TorchDelta], like: T) -> tuple[list[T], list
 
 
 def _as_ids(tenant_ids: Ids) -> T:
-    ids = tenant_ids.ids if isinstance(tenant_ids, cuda.Plan) else tenant_ids
-    return torch.as_tensor(ids, dtype=torch.int64)
+    given = tenant_ids.ids if isinstance(tenant_ids, cuda.Plan) else tenant_ids
+    if isinstance(given, torch.Tensor):
+        if given.dtype.is_floating_point:  # which a conversion would round without a word
+            raise TypeError(f"tenant_ids: expected int64, got {str(given.dtype).removeprefix('torch.')}")
+        return given.to(torch.int64)
+    ids = np.asarray(given)
+    if ids.size and ids.dtype.kind not in "iu":
+        raise TypeError(f"tenant_ids: expected whole numbers, got {str(given)[:80]!r}")
+    return torch.as_tensor(ids.astype(np.int64))

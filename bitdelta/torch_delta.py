@@ -95,6 +95,8 @@ def as_torch(delta: Delta | TorchDelta) -> TorchDelta:
     """The delta as torch tensors of the same memory; the same object at every call."""
     if isinstance(delta, TorchDelta):
         return delta
+    if not isinstance(delta, Delta):
+        raise TypeError(f"delta: expected a Delta, got {type(delta).__name__}")
     found = _converted.get(delta)
     if found is None:
         column = None if delta.column is None else _shared(delta.column)

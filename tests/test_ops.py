@@ -490,3 +490,22 @@ def test_wrong_arguments_are_named(requires_grad):
         ops.linear(x.double(), None, None, deltas, ids)
     with pytest.raises(ValueError, match="deltas: expected at least one"):
         ops.linear_transposed(x, [], ids)
+    with pytest.raises(TypeError, match="x: expected a torch.Tensor, got ndarray"):
+        ops.linear(x.detach().numpy(), base, None, deltas, ids)
+    with pytest.raises(ValueError, match="x: expected rows .*, got a number"):
+        ops.linear(x[0, 0], base, None, deltas, ids)
+    with pytest.raises(TypeError, match="weight: expected a torch.Tensor or None, got ndarray"):
+        ops.linear(x, base.numpy(), None, deltas, ids)
+    with pytest.raises(ValueError, match=r"weight: expected a matrix \[N, K\], got \[300\]"):
+        ops.linear(x, base[0], None, deltas, ids)
+    for wrong, words in (
+        (deltas[0], "a list, got TorchDelta"),
+        ([None], "Delta or TorchDelta, got NoneType"),
+    ):
+        with pytest.raises(TypeError, match=f"deltas: expected {words}"):
+            ops.linear(x, base, None, wrong, ids)
+    for wrong in (torch.zeros(4), ["a"] * 4, [0.5] * 4):
+        with pytest.raises(TypeError, match="tenant_ids: expected "):
+            ops.linear(x, base, None, deltas, wrong)
+    with pytest.raises(TypeError, match="delta: expected a Delta, got int"):
+        ops.as_torch(5)
