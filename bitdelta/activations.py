@@ -26,6 +26,7 @@ from .collected import Collector, Stop, Weight, is_multiplied
 from .errors import Error
 from .fitting_device import HOST, Host
 from .inputs import F32
+from .text import refuse_unknown
 
 if TYPE_CHECKING:
     from .mapping import Conversion
@@ -74,6 +75,7 @@ class Streamed:
         self.fused = fused_names(self.model, checkpoint, self.names)
         self.prefix, self.layers = self._find_layers()
         self._check_names()
+        refuse_unknown(tokens, self.model)
         self.batches = _batches(tokens, n_held_out)
         self.hidden: list[F32] = []
         self._calls: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -244,6 +246,8 @@ class Streamed:
 
         def forward(i: int) -> Callable[..., Any]:
             def call(hidden: Any, *args: Any, **kwargs: Any) -> Any:
+                if isinstance(hidden, tuple):  # the layers' annotation is wrong
+                    self._is_tuple, hidden = False, hidden[0]
                 if note:
                     if i == 0:
                         self.hidden.append(hidden.float().numpy())
@@ -279,6 +283,7 @@ class Whole:
         self.model = build(checkpoint, is_empty=False).to(on.device)
         self.names = checkpoint_names(self.model, checkpoint)
         self.fused = fused_names(self.model, checkpoint, self.names)
+        refuse_unknown(tokens, self.model)
         self.batches = _batches(tokens, n_held_out)
 
     def collect(self, wanted: Mapping[str, Any], most: int = 1 << 30) -> Iterator[list[Weight]]:

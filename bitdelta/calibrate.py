@@ -183,9 +183,9 @@ class _Run:
                     raise Error(
                         f"inputs: compressed needs a model that runs layer by layer: {error}"
                     ) from error
+                whole = Whole(self.target, self.tokens, self.n_held_out, self.on)
                 self.mode = f"whole model in memory: {error}"
                 self.bar.write(self.mode, file=sys.stderr)
-                whole = Whole(self.target, self.tokens, self.n_held_out, self.on)
                 for weights in whole.collect(self._left()):
                     self._fit_all(weights)
             else:

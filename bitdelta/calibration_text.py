@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -19,25 +18,22 @@ def read_tokens(
     text: Any, target: Checkpoint, n_tokens: int = N_TOKENS, length: int = LENGTH, seed: int = 0
 ) -> NDArray[np.int64]:
     """Rows of the text in the fine-tune's tokens; `calibrate` holds the last eighth of them out."""
-    from .text import load_tokens
+    from .text import load_tokens, needs_tokenizer
 
     try:
-        from transformers import AutoTokenizer
         from transformers.utils import logging
+
+        from .tokenizer import load_tokenizer
     except ImportError as error:
         raise Error(
             f"calibration needs PyTorch and transformers ({error}): pip install 'bitdelta[torch]'"
         ) from error
     logging.set_verbosity_error()
     tokenizer = None
-    if text is None or isinstance(text, (str, os.PathLike)):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(target.root, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            first = str(error).strip().split("\n")[0][:120]
-            raise Error(
-                f"{target.root}: calibration needs its tokenizer, which does not load: {first}"
-            ) from error
+    if needs_tokenizer(text):
+        tokenizer = load_tokenizer(target.root)
+        if tokenizer is None:
+            raise Error(f"{target.root}: calibration needs its tokenizer, or as text an array of tokens")
     tokens = load_tokens(text, tokenizer, n_tokens, length, seed)
     if len(tokens) < 2:
         raise ValueError(

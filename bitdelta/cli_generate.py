@@ -32,7 +32,11 @@ def generate(
     threads.let_torch_sleep()
     from .prompts import answer, describe
 
-    deltas = dict(_split(text, "=", "delta", "NAME=DELTA") for text in delta)
+    deltas: dict[str, str] = {}
+    for name, path in (_split(text, "=", "delta", "NAME=DELTA") for text in delta):
+        if name in deltas:
+            raise ValueError(f"--delta: two are called {name}")
+        deltas[name] = path
     prompts = [_split(text, ":", "prompt", "NAME:TEXT") for text in prompt]
     report = answer(base, deltas, prompts, max_new_tokens, temperature, seed, device)
     _answer(report, as_json, describe(report))

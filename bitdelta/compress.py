@@ -84,7 +84,7 @@ def compress(
         bitdelta.FormatError: a folder that is not a checkpoint.
         FileExistsError, OSError: `out_dir` exists or cannot be written.
     """
-    whole = (whole,) if isinstance(whole, str) else tuple(whole)
+    whole = _globs(whole)
     _check_options(planes, scale, text, fit, budget, dry_run, device)
     refuse_existing(Path(out_dir))
     if quantized_base is not None and not dry_run:
@@ -218,6 +218,14 @@ def _check_options(
             raise ValueError("budget: needs text to measure errors on")
         if planes != 1 or scale != "row":
             raise ValueError("budget: chooses planes and scales for each tensor; leave those options out")
+
+
+def _globs(whole: Iterable[str]) -> tuple[str, ...]:
+    globs = (whole,) if isinstance(whole, str) else tuple(whole) if isinstance(whole, Iterable) else (whole,)
+    wrong = [glob for glob in globs if not isinstance(glob, str)]
+    if wrong:
+        raise TypeError(f"whole: expected globs of names of tensors, got {str(wrong[0])[:80]!r}")
+    return globs
 
 
 def _add(writer: PackfileWriter, plan: Plan, fingerprint: str | None) -> None:

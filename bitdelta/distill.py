@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,9 +48,11 @@ class Settings:
             raise ValueError(f"loss: expected 'mse' or 'kl', got {self.loss!r}")
         if self.top_k is not None:
             whole_number(self.top_k, "top_k", 1, 1 << 31)
+        whole_number(self.seed, "seed", 0, (1 << 63) - 1)
         for name, least in (("lr", 1e-12), ("weight_decay", 0.0)):
-            if not least <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number from {least:g}, got {getattr(self, name)}")
+            number = getattr(self, name)
+            if not isinstance(number, int | float) or not least <= number < math.inf:
+                raise ValueError(f"{name}: expected a number from {least:g}, got {number!r}")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,13 @@ class Options:
     cache: str | os.PathLike[str] | None = None
     save_every: int = 20
     progress: bool = False
+
+    def __post_init__(self) -> None:
+        whole_number(self.save_every, "save_every", 1, 1 << 40)
+        if not isinstance(self.device_map, Mapping) and self.device_map not in (None, "auto"):
+            raise ValueError(
+                f"device_map: expected 'auto' or a dict, module -> device, got {str(self.device_map)[:80]!r}"
+            )
 
 
 def distill(
@@ -133,7 +143,6 @@ def distill(
     settings = Settings(
         steps, batch_size, length, lr, loss, top_k, accumulate, weight_decay, pack, autocast, seed
     )
-    whole_number(save_every, "save_every", 1, 1 << 40)
     _require_torch()
     from .devices import torch_device
     from .distillation import run

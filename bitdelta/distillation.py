@@ -28,7 +28,8 @@ from .progress import progress_bar
 from .rewrite import rewrite
 from .student import Student, load_student
 from .teacher import Targets, answer, answers, cache_targets
-from .text import load_rows
+from .text import load_rows, needs_tokenizer
+from .tokenizer import load_tokenizer
 from .training_state import TrainingState
 
 logger = logging.getLogger("bitdelta")
@@ -57,6 +58,8 @@ def run(
                 f"batch_size: expected a multiple of {group.size}, the processes, got {settings.batch_size}"
             )
         source, target, packfile = open_checkpoint(base), open_checkpoint(finetuned), load(delta)
+        if options.shard and group.size == 1:
+            raise ValueError("shard: expected several processes, as torchrun starts them, got one")
         refuse_existing(Path(out_dir))
         refuse_inside(out_dir, source.root, target.root, packfile.root)
         packfile.check_base(source)
@@ -93,9 +96,8 @@ def _rows(
     """The tokens and the fine-tune's answers to them, and the hash of all that decides the result."""
     wanted = settings.steps * settings.batch_size * settings.accumulate
     wanted += min(MOST_HELD_OUT, max(1, wanted // 10))
-    tokens, mask = load_rows(
-        text, _tokenizer(finetuned), wanted, settings.length, settings.seed, settings.pack
-    )
+    tokenizer = load_tokenizer(finetuned.root) if needs_tokenizer(text) else None
+    tokens, mask = load_rows(text, tokenizer, wanted, settings.length, settings.seed, settings.pack)
     if len(tokens) < 2 * group.size:
         raise ValueError(f"text: expected at least {2 * group.size} rows of tokens, got {len(tokens)}")
     held_out = min(MOST_HELD_OUT, max(1, len(tokens) // 11))
@@ -112,14 +114,6 @@ def _rows(
     prints = [[name, entry.get("sha256")] for name, entry in packfile.entries.items()]
     key = hashlib.sha256(json.dumps([digest, prints, asdict(settings)]).encode()).hexdigest()
     return Rows(tokens, mask, len(tokens) - held_out, targets), key
-
-
-def _tokenizer(finetuned: Checkpoint) -> Any:
-    from transformers import AutoTokenizer
-
-    if not any(name.startswith(("tokenizer", "vocab")) for name in finetuned.files):
-        return None
-    return AutoTokenizer.from_pretrained(finetuned.root, local_files_only=True)
 
 
 def _place(student: Student, options: Options, group: Group) -> None:
@@ -141,8 +135,6 @@ def _place(student: Student, options: Options, group: Group) -> None:
         apply_activation_checkpointing(model, check_fn=lambda module: module in chosen)
         layers = _layers(model)
     if options.shard:
-        if group.size == 1:
-            raise ValueError("shard: expected several processes, as torchrun starts them, got one")
         shard_weights(model, layers, kept, group)
 
 

@@ -28,12 +28,12 @@ import torch
 from .answers import Sample, Teacher, answers, record
 from .devices import torch_device
 from .errors import whole_number
-from .merged_model import load_model
+from .merged_model import check_dtype, load_model
 from .progress import progress_bar
 from .refusals import Refusals, refusals_of
 from .requirement import METRICS
 from .table import table
-from .text import load_rows
+from .text import load_rows, refuse_unknown
 
 Source: TypeAlias = str | os.PathLike[str]
 
@@ -88,7 +88,9 @@ def evaluate(
     """
     start = time.perf_counter()
     batch_size = whole_number(batch_size, "batch_size", 1, 1 << 20)
-    n_rows = max(1, n_tokens // whole_number(length, "length", 2, 1 << 24))
+    length = whole_number(length, "length", 2, 1 << 24)
+    n_rows = max(1, whole_number(n_tokens, "n_tokens", 1, 1 << 40) // length)
+    check_dtype(dtype)
     device = str(torch_device(device))
     tenants = _tenants(base, deltas, finetuned)
     prompts = None if refusals is None else Refusals(refusals, max_new_tokens)
@@ -128,6 +130,8 @@ def _tenants(
 ) -> list[Tenant]:
     if isinstance(deltas, (str, os.PathLike)):
         deltas = [deltas]
+    if not isinstance(deltas, Mapping | Sequence):
+        raise TypeError(f"deltas: expected packed deltas, by name or in a list, got {type(deltas).__name__}")
     if not isinstance(deltas, Mapping):
         names = [Path(os.fspath(path)).name for path in deltas]
         twice = next((name for name in names if names.count(name) > 1), None)
@@ -162,6 +166,7 @@ def _measure(run: Run, group: list[Tenant], sample_of: Callable[[Any], Sample]) 
         if group[0].finetuned is not None:
             model, tokenizer = load_model(group[0].finetuned, None, run.dtype, run.device)
             sample = sample_of(tokenizer)
+            refuse_unknown(sample.tokens, model)
             teacher = record(model, sample, Path(folder), run.batch_size, run.bar.update)
             of_finetuned = _scores(map(teacher, range(len(sample))), sample, None, _shift(model), True)
             refused = _refused(run, model, tokenizer, of_finetuned)

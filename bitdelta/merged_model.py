@@ -8,6 +8,7 @@ Needs PyTorch and transformers.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -21,11 +22,15 @@ import torch
 
 from .array import as_bfloat16
 from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint_model import read_config
 from .delta import Delta
+from .devices import torch_device
 from .errors import Error, FormatError
 from .merge import tensor_bytes, travelling_files
 from .packfile import Packfile, load
+from .tokenizer import load_tokenizer
 
+logger = logging.getLogger("bitdelta")
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -53,7 +58,10 @@ def load_model(
         bitdelta.BaseMismatchError: the delta was made from another base.
         bitdelta.FormatError: weights that do not fill the model.
         bitdelta.Error: transformers has no such model.
+        ValueError: another dtype; bitdelta.DeviceError: no such device.
     """
+    check_dtype(dtype)
+    torch_device(device)
     checkpoint = open_checkpoint(base)
     if delta is None:
         return _load(checkpoint.root, checkpoint.root, None, dtype, device)
@@ -64,6 +72,12 @@ def load_model(
             (Path(folder) / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, Path(folder) / name)
         return _load(None, Path(folder), dict(merged_tensors(packfile, checkpoint)), dtype, device)
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises ValueError for what `load_model` cannot give."""
+    if dtype not in ("float32", "bfloat16", "float16", "auto"):
+        raise ValueError(f"dtype: expected float32, bfloat16, float16 or auto, got {str(dtype)[:80]!r}")
 
 
 def merged_tensors(packfile: Packfile, base: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
@@ -103,7 +117,7 @@ def _load(
     import transformers
 
     with quiet():
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = read_config(folder)
         kind = model_class(config)
         model, about = kind.from_pretrained(
             weights,
@@ -121,8 +135,9 @@ def _load(
         if weights is None and (folder / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError):  # none in the folder, or none that transformers knows
+            tokenizer = load_tokenizer(folder)
+        except Error as error:  # tokens may do without
+            logger.warning("%s", error)
             tokenizer = None
     return model.to(device).eval(), tokenizer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -12,11 +13,15 @@ from typing import Any
 import torch
 
 from .devices import torch_device
-from .hub import resolve
+from .errors import Error, whole_number
+from .merged_model import quiet
 from .model import BASE, DeltaModel
 from .packfile import CONFIG, load
+from .tenant import unknown
+from .tokenizer import load_tokenizer
 
 DEFAULT_TOKENS = 64
+BASES = (None, "", BASE)  # names of the base
 
 
 def answer(
@@ -45,20 +50,19 @@ def answer(
         A dict that JSON can hold: rows (delta, prompt, text, tokens), tokens, seconds, tokens_per_second.
 
     Raises:
-        bitdelta.Error: a prompt for a name that is not in `deltas`.
+        bitdelta.Error: a prompt for a name that is not in `deltas`; a model without a tokenizer.
+        TypeError, ValueError: prompts that are none, a number out of range.
         ValueError, bitdelta.DeviceError: a device that is none, or not there.
     """
     place = torch_device(device)
-    if not prompts:
-        raise ValueError("prompts: expected at least one, got none")
-    model = DeltaModel.from_pretrained(base, **options)
+    _check(deltas, prompts, max_new_tokens, temperature, seed)
+    with quiet():
+        model = DeltaModel.from_pretrained(base, **options)
     if device is not None:
         model.to(place)
     for name, path in deltas.items():
         model.load_delta(name, path)
-    names = [None if name in (None, BASE, "") else name for name, _ in prompts]
-    for used in filter(None, names):
-        model.source(used)
+    names = [None if name in BASES else name for name, _ in prompts]
     tokenizers = {name: _tokenizer(model, name) for name in dict.fromkeys(names)}
     rows = [tokenizers[name](text)["input_ids"] for name, (_, text) in zip(names, prompts, strict=True)]
     length = max(1, *map(len, rows))
@@ -88,6 +92,23 @@ def answer(
     }
 
 
+def _check(deltas: Any, prompts: Any, max_new_tokens: Any, temperature: Any, seed: Any) -> None:
+    """Before anything is loaded."""
+    if not isinstance(deltas, Mapping):
+        raise TypeError(f"deltas: expected name -> folder, got {type(deltas).__name__}")
+    if not prompts:
+        raise ValueError("prompts: expected at least one, got none")
+    for prompt in prompts:
+        if not isinstance(prompt, tuple | list) or len(prompt) != 2 or not isinstance(prompt[1], str):
+            raise ValueError(f"prompts: expected (name or None, text), got {str(prompt)[:80]!r}")
+        if prompt[0] not in BASES and prompt[0] not in deltas:
+            raise unknown(prompt[0], deltas)
+    whole_number(max_new_tokens, "max_new_tokens", 1, 1 << 31)
+    whole_number(seed, "seed", -(1 << 63), (1 << 63) - 1)
+    if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature: expected a number from 0, got {temperature!r}")
+
+
 def _text(model: DeltaModel, name: str | None, tokenizer: Any, tokens: Any) -> tuple[str, int]:
     """The answer, and how many tokens it has with its end token."""
     with model.batch(name, 1) as batch:
@@ -105,21 +126,22 @@ def _ends(model: DeltaModel) -> tuple[int, ...]:
 
 def _tokenizer(model: DeltaModel, name: str | None) -> Any:
     """The tenant's: the base's files with those that it has of its own."""
-    from transformers import AutoTokenizer
-
     files = dict(model.base.files)
     if name is not None:
-        root = resolve(model.source(name)).root
+        root = model.folders[name]
         if (root / CONFIG).is_file():
             files |= load(root).files()
-        elif (root / "tokenizer_config.json").is_file():
-            return AutoTokenizer.from_pretrained(root)
+        elif (own := load_tokenizer(root)) is not None:  # an adapter's
+            return own
     with tempfile.TemporaryDirectory() as folder:
         for file, path in files.items():
             target = Path(folder) / file
             target.parent.mkdir(exist_ok=True)
             target.symlink_to(path.resolve())
-        return AutoTokenizer.from_pretrained(folder)
+        found = load_tokenizer(Path(folder), model.base.root)
+    if found is None:
+        raise Error(f"{model.base.root}: no tokenizer in it")
+    return found
 
 
 def describe(report: Mapping[str, Any]) -> list[str]:

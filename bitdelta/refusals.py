@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .errors import Error, FormatError, whole_number
+from .text import lines_of
 
 OPENING = 200
 PHRASES = (
@@ -41,14 +42,12 @@ def read_prompts(path: Path) -> list[str | list[Message]]:
     """Texts, or lists of messages.
 
     Raises:
-        bitdelta.FormatError: a line that is no prompt, or no line at all.
+        bitdelta.FormatError: a line that is no prompt, no line at all, or not UTF-8.
     """
     found: list[str | list[Message]] = []
     is_json = path.suffix in (".jsonl", ".ndjson")
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                found.append(_prompt(line, f"{path}:{number}") if is_json else line.rstrip("\n"))
+    for number, line in lines_of(path):
+        found.append(_prompt(line, f"{path}:{number}") if is_json else line.rstrip("\n"))
     if not found:
         raise FormatError(f"{path}: no prompts in it")
     return found

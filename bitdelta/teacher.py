@@ -27,6 +27,7 @@ from .folder import refuse_full
 from .group import Group
 from .progress import progress_bar
 from .student import load_teacher
+from .text import refuse_unknown
 from .trained import DeltaLinear
 
 Tensor: TypeAlias = torch.Tensor
@@ -98,6 +99,7 @@ def cache_targets(
     model = load_teacher(finetuned).to(device)
     if model.main_input_name != "input_ids":
         raise Error(f"{finetuned.root}: {type(model).__name__} takes {model.main_input_name}, not text")
+    refuse_unknown(tokens, model)
 
     def inputs(rows: slice) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(tokens[rows]).to(device), torch.from_numpy(mask[rows]).to(device)

@@ -56,7 +56,11 @@ def load_tokens(text: Source, tokenizer: Any, n_tokens: int = 65536, length: int
     n_rows = max(
         1, whole_number(n_tokens, "n_tokens", 1, 1 << 40) // whole_number(length, "length", 1, 1 << 24)
     )
-    return load_rows(text, tokenizer, n_rows, length, seed)[0]
+    tokens, mask = load_rows(text, tokenizer, n_rows, length, seed)
+    if not mask.all():
+        row = int(np.flatnonzero(~mask.all(1))[0])
+        raise ValueError(f"text: expected rows without padding, got negative tokens in row {row}")
+    return tokens
 
 
 def load_rows(
@@ -72,7 +76,8 @@ def load_rows(
     Returns:
         tokens int64 [rows, length], mask bool [rows, length].
     """
-    if text is not None and not isinstance(text, (str, os.PathLike)):
+    seed = whole_number(seed, "seed", 0, (1 << 63) - 1)
+    if not needs_tokenizer(text):
         return _array(text, n_rows)
     before, after = _special_tokens(tokenizer)
     room = length - len(before) - len(after)
@@ -97,6 +102,11 @@ def load_rows(
     return tokens, mask
 
 
+def needs_tokenizer(text: Source) -> bool:
+    """Whether it is text, and not an array of tokens."""
+    return text is None or isinstance(text, (str, os.PathLike))
+
+
 def documents(text: Source, tokenizer: Any = None) -> Iterator[str]:
     """The text's documents one by one; a plain file is one."""
     if text is None:
@@ -105,10 +115,8 @@ def documents(text: Source, tokenizer: Any = None) -> Iterator[str]:
     path = Path(text)
     if path.is_file():
         if path.suffix in DOCUMENTS:
-            with open(path, encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _document(_json(line, path, number), f"{path}:{number}", tokenizer)
+            for number, line in lines_of(path):
+                yield _document(_json(line, path, number), f"{path}:{number}", tokenizer)
         else:
             yield from _chunks(path)
         return
@@ -118,6 +126,21 @@ def documents(text: Source, tokenizer: Any = None) -> Iterator[str]:
     yield from _dataset(str(text), tokenizer, **found.groupdict())
 
 
+def lines_of(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, and their numbers from 1.
+
+    Raises:
+        bitdelta.FormatError: not UTF-8.
+    """
+    with open(path, encoding="utf-8") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, line
+        except UnicodeDecodeError as error:
+            raise FormatError(f"{path}: not UTF-8: {error}") from None
+
+
 def built_in() -> str:
     """The documentation of the Python language, about 460 kB."""
     from pydoc_data.topics import topics
@@ -125,14 +148,26 @@ def built_in() -> str:
     return "\n".join(topics[name] for name in sorted(topics))
 
 
+def refuse_unknown(tokens: I64, model: Any) -> None:
+    """Raises ValueError where a token has no place in the model's embeddings."""
+    n = len(model.get_input_embeddings().weight)
+    if (most := int(tokens.max())) >= n:
+        raise ValueError(f"text: token {most} is not in the vocabulary of the model, which has {n} tokens")
+
+
 def _array(text: Any, n_rows: int) -> tuple[I64, NDArray[np.bool_]]:
-    tokens = np.asarray(text)
+    try:
+        tokens = np.asarray(text)
+    except ValueError as error:
+        raise ValueError(f"text: expected tokens [rows, length]: {error}") from None
     if tokens.ndim != 2 or not tokens.size:
         raise ValueError(f"text: expected tokens [rows, length], got {list(tokens.shape)}")
     if not np.issubdtype(tokens.dtype, np.integer):
         raise TypeError(f"text: expected whole numbers or a path, got an array of {tokens.dtype}")
     tokens = tokens[:n_rows].astype(np.int64)
     mask = tokens >= 0
+    if not mask.any():
+        raise ValueError(f"text: every token of {list(tokens.shape)} is padding (negative)")
     return np.where(mask, tokens, 0), mask
 
 

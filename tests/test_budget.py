@@ -363,6 +363,17 @@ def test_nan_in_a_weight_names_it(pair, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "finetuned"]
 
 
+def test_nan_in_activations_names_the_layer(pair, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(pair / "finetuned")
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight[:] = float("nan")
+    model.save_pretrained(tmp_path / "finetuned")
+    (tmp_path / "base").symlink_to(pair / "base")
+    with pytest.raises(ValueError, match=r"layers\.1\.\w+\.\w+\.weight: NaN or Inf in the activations"):
+        compressed(tmp_path, tmp_path / "out", 1.5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "finetuned"]
+
+
 def test_a_card_of_a_hostile_name_stays_a_card(packed):
     config = bitdelta.load(packed(0.5)[1]).config
     config = {**config, "budget": {**config["budget"], "too_large": ["x`\n# y"]}}

@@ -108,6 +108,11 @@ def test_a_glob_that_matches_nothing_is_an_error(tmp_path, matrices):
     refused(tmp_path, *matrices, ValueError, "whole: '\\*.nothing' matches no tensor", whole=["*.nothing"])
 
 
+@pytest.mark.parametrize("whole", [5, [None]], ids=str)
+def test_what_is_no_glob_is_an_error(tmp_path, matrices, whole):
+    refused(tmp_path, *matrices, TypeError, "whole: expected globs of names of tensors, got ", whole=whole)
+
+
 def test_identical_tensors_are_not_stored(tmp_path, rng, matrices):
     before = {**matrices[0], "frozen.weight": weights(rng, (64, 300)), "norm.weight": weights(rng, (300,))}
     report, packfile = run(tmp_path, before, {**before, **matrices[1]})

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from distill_pairs import (
+from distill_pairs import (  # noqa: F401 - some are fixtures
     SHORT,
     VOCABULARY,
     assert_only_scales_differ,
+    delta,
     make_delta,
     make_pair,
-    random_tokens,
+    pair,
     same_files,
     scales,
+    tokens,
 )
 from models import llama_config
 
@@ -29,21 +31,6 @@ from bitdelta.rewrite import rewrite
 
 distillation = importlib.import_module("bitdelta.distillation")
 trained = importlib.import_module("bitdelta.trained")
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    return random_tokens()
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return make_pair(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def delta(pair, tmp_path_factory):
-    return make_delta(pair, tmp_path_factory.mktemp("delta") / "row")
 
 
 @pytest.fixture(scope="module")
@@ -331,11 +318,19 @@ def test_an_embedding_is_rows_of_the_expanded_table(scale):
         ({"loss": "l1"}, ValueError, "loss: expected 'mse' or 'kl'"),
         ({"lr": float("nan")}, ValueError, "lr: expected a number"),
         ({"top_k": 0}, ValueError, "top_k: expected 1"),
+        ({"seed": -1}, ValueError, "seed: expected 0"),
+        ({"lr": "fast"}, ValueError, "lr: expected a number from 1e-12, got 'fast'"),
+        ({"device_map": "gpu"}, ValueError, "device_map: expected 'auto' or a dict, .*, got 'gpu'"),
+        (
+            {"text": np.full((4, 4), VOCABULARY)},
+            ValueError,
+            f"text: token {VOCABULARY} is not in the vocabulary",
+        ),
         ({"shard": True}, ValueError, "shard: expected several processes"),
         ({"text": np.zeros((1, 4), np.int64)}, ValueError, "expected at least 2 rows of tokens, got 1"),
         ({"lr": 1e30}, Error, "step 1: the loss is .*; a lower lr may help"),
     ],
-    ids=["steps", "loss", "lr", "top-k", "shard", "text", "infinite"],
+    ids=["steps", "loss", "lr", "top-k", "seed", "rate", "place", "word", "shard", "text", "infinite"],
 )
 def test_bad_options_are_refused_by_name(pair, delta, tokens, tmp_path, options, error, words):
     options = SHORT | {"text": tokens} | options

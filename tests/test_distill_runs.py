@@ -12,7 +12,7 @@ import weakref
 
 import numpy as np
 import pytest
-from distill_pairs import SHORT, make_delta, make_pair, random_tokens, same_files
+from distill_pairs import SHORT, delta, pair, same_files, tokens  # noqa: F401 - some are fixtures
 
 import bitdelta
 from bitdelta import demo
@@ -20,21 +20,6 @@ from bitdelta.cli import main
 
 distillation = importlib.import_module("bitdelta.distillation")
 teacher = importlib.import_module("bitdelta.teacher")
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    return random_tokens()
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return make_pair(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def delta(pair, tmp_path_factory):
-    return make_delta(pair, tmp_path_factory.mktemp("delta") / "row")
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +111,24 @@ def close(report, other, rel=1e-3):
 
 @pytest.mark.parametrize(
     "options",
-    [{"batch_size": 2, "accumulate": 2}, {"checkpointing": True}, {"device_map": "auto"}],
-    ids=["accumulated", "checkpointed", "placed"],
+    [{"batch_size": 2, "accumulate": 2}, {"checkpointing": True}],
+    ids=["accumulated", "checkpointed"],
 )
 def test_an_option_of_how_does_not_change_the_result(pair, delta, tokens, short, tmp_path, options):
     close(bitdelta.distill(*pair, delta, tokens, tmp_path / "out", **SHORT | options), short[1])
+
+
+@pytest.mark.parametrize(
+    "given", ["auto", {"model.embed_tokens": "cpu", "model": "cpu", "lm_head": "cpu"}], ids=str
+)
+def test_accelerate_places_the_modules(pair, delta, tokens, short, tmp_path, monkeypatch, given):
+    import accelerate
+
+    maps, real = [], accelerate.dispatch_model
+    monkeypatch.setattr(accelerate, "dispatch_model", lambda model, map: maps.append(map) or real(model, map))
+    close(bitdelta.distill(*pair, delta, tokens, tmp_path / "out", **SHORT, device_map=given), short[1])
+    [found] = maps
+    assert found == (given if given != "auto" else {"": "cpu"})
 
 
 def test_checkpointing_computes_the_layers_twice(pair, delta, tokens, tmp_path, monkeypatch):
@@ -202,10 +200,18 @@ import json, os, sys
 import numpy as np, torch
 torch.set_num_threads(1)
 import bitdelta
+from bitdelta import distillation
 base, tuned, delta, tokens, out, options = sys.argv[1:]
+train, held = distillation._train, []
+def count(student, *rest):
+    frozen = [p for p in student.model.parameters() if not p.requires_grad]
+    here = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in frozen)
+    held.append(here / sum(p.numel() for p in frozen))
+    return train(student, *rest)
+distillation._train = count
 report = bitdelta.distill(base, tuned, delta, np.load(tokens), out, **json.loads(options))
 if os.environ["RANK"] == "0":
-    print(json.dumps(report))
+    print(json.dumps({**report, "held": held[0]}))
 """
 
 
@@ -221,5 +227,6 @@ def test_two_processes_do_what_one_does(pair, delta, tokens, short, tmp_path, sh
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["processes"] == 2
+    assert report["held"] < 0.6 if shard else report["held"] == 1  # of the frozen weights, by the first
     assert report["curve"] == pytest.approx(short[1]["curve"], rel=1e-3)
     assert not list(tmp_path.glob(".out*"))

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import shutil
 import weakref
 
 import numpy as np
@@ -302,6 +303,33 @@ def test_wrong_names_and_sizes_are_refused(folders):
         evaluate(base, [delta], length=1)
     with pytest.raises(FileNotFoundError):
         evaluate(base, [delta], text=folders / "nothing.txt")
+    with pytest.raises(ValueError, match="n_tokens: expected 1"):
+        evaluate(base, [delta], n_tokens=-5)
+    with pytest.raises(TypeError, match="deltas: expected packed deltas, by name or in a list, got int"):
+        evaluate(base, 5)
+    for wrong in ("int4", 5):
+        with pytest.raises(ValueError, match=f"dtype: expected float32, .* or auto, got '{wrong}'"):
+            evaluate(base, [delta], dtype=wrong)
+    for wrong in ("nonsense", 5):
+        with pytest.raises(ValueError, match="device: expected a name such as 'cpu'"):
+            load_model(base, device=wrong)
+    tokens = np.full((2, 8), WORDS)
+    with pytest.raises(
+        ValueError, match=f"text: token {WORDS} is not in the vocabulary of the model, .* {WORDS} tokens"
+    ):
+        evaluate(base, [delta], folders / "finetuned", tokens)
+    with pytest.raises(TypeError, match="expected a folder or a Hub id, got NoneType"):
+        load_model(None)
+
+
+def test_a_config_or_a_tokenizer_that_does_not_load_is_named_with_its_folder(folders, tmp_path, caplog):
+    for name in ("config", "tokenizer"):
+        shutil.copytree(folders / "finetuned", tmp_path / name)
+        (tmp_path / name / f"{name}.json").write_text('{"model_type": "frobnicate"}')
+    with pytest.raises(Error, match=f"^{tmp_path / 'config'}: transformers cannot read it: .*frobnicate"):
+        load_model(tmp_path / "config")
+    assert load_model(tmp_path / "tokenizer")[1] is None
+    assert f"{tmp_path / 'tokenizer'}: transformers does not load its tokenizer" in caplog.text
 
 
 def test_weights_that_do_not_fill_the_model_are_refused(folders, tmp_path):
@@ -375,6 +403,9 @@ def test_prompts_come_from_text_and_jsonl(tmp_path):
         (tmp_path / "b.jsonl").write_text(text)
         with pytest.raises(FormatError, match="b.jsonl"):
             refusals.read_prompts(tmp_path / "b.jsonl")
+    (tmp_path / "b.jsonl").write_bytes(b'"\xff"')
+    with pytest.raises(FormatError, match="b.jsonl: not UTF-8"):
+        refusals.read_prompts(tmp_path / "b.jsonl")
 
 
 def test_a_chat_template_is_applied():

@@ -1,6 +1,7 @@
 """`bitdelta generate`: prompts of several tenants in one batch, each with its tenant's own tokenizer and ends."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from models import llama_config, make, merged
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bitdelta.cli import main
+from bitdelta.errors import Error
 from bitdelta.model import DeltaModel
 from bitdelta.prompts import answer
 
@@ -81,8 +83,41 @@ def test_wrong_use_is_one_line_that_names_it(folders, capsys):
     assert "--prompt: expected NAME:TEXT, got 'hi'" in capsys.readouterr().err
     assert main(["generate", base, "--delta", "x", "--prompt", ":hi"]) == 2
     assert "--delta: expected NAME=DELTA, got 'x'" in capsys.readouterr().err
+    twice = ["--delta", f"x={folders / 'delta-0'}", "--delta", f"x={folders / 'delta-1'}"]
+    assert main(["generate", base, *twice, "--prompt", "x:hi"]) == 2
+    assert "--delta: two are called x" in capsys.readouterr().err
     with pytest.raises(ValueError, match="prompts: expected at least one"):
         answer(base, {}, [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"prompts": ["hi"]}, ValueError, "prompts: expected .name or None, text., got 'hi'"),
+        ({"prompts": [(None, 5)]}, ValueError, "prompts: expected "),
+        ({"deltas": ["x"]}, TypeError, "deltas: expected name -> folder, got list"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens: expected 1"),
+        ({"temperature": float("nan")}, ValueError, "temperature: expected a number from 0, got nan"),
+        ({"temperature": "hot"}, ValueError, "temperature: expected a number from 0, got 'hot'"),
+        ({"seed": 1 << 70}, ValueError, "seed: expected "),
+        ({"prompts": [("nobody", "hi")]}, Error, "nobody: no such delta; loaded: none"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_named_before_anything_is_loaded(arguments, error, words):
+    with pytest.raises(error, match=words):
+        answer(**{"base": "/nowhere", "deltas": {}, "prompts": [(None, "hi")]} | arguments)
+
+
+def test_a_base_without_a_tokenizer_or_with_a_broken_one_is_named_in_one_line(folders, tmp_path, capsys):
+    shutil.copytree(folders / "base", tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").write_text("{")
+    for words in ("transformers does not load its tokenizer: ", "no tokenizer in it"):
+        assert main(["generate", str(tmp_path / "base"), "--prompt", ":hi"]) == 2
+        said = capsys.readouterr().err
+        assert f"{tmp_path / 'base'}: {words}" in said and said.count("\n") == 1
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / "base" / file).unlink(missing_ok=True)
 
 
 def test_a_model_without_prompts_keeps_its_batches(folders):

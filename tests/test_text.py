@@ -155,3 +155,15 @@ def test_bad_text_is_refused_by_name(tmp_path, jsonl):
         load_tokens(broken, Tokenizer())
     with pytest.raises(Error, match="no tokenizer"):
         load_tokens(None, None)
+    broken.write_bytes(b'"\xff"')
+    with pytest.raises(FormatError, match=r"broken\.jsonl: not UTF-8"):
+        load_tokens(broken, Tokenizer())
+    with pytest.raises(ValueError, match="text: expected tokens .rows, length.: "):
+        load_tokens([[1, 2], [3]], None)
+    with pytest.raises(ValueError, match="text: expected rows without padding, got negative tokens in row 1"):
+        load_tokens(np.array([[1, 2], [3, -1]]), None)
+    with pytest.raises(ValueError, match=r"text: every token of \[2, 2\] is padding"):
+        load_rows(np.full((2, 2), -1), None, 2, 2)
+    for seed, error in ((-1, ValueError), ("x", TypeError)):
+        with pytest.raises(error, match="seed: expected "):
+            load_tokens(short, Tokenizer(), seed=seed)

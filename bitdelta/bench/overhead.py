@@ -12,6 +12,7 @@ import numpy as np
 from .. import _C
 from ..array import aligned_empty
 from ..delta import extract
+from ..errors import Error
 from .timing import Case, interleaved
 
 N, K = 64, 256
@@ -41,6 +42,10 @@ def measure(quick: bool) -> list[dict[str, Any]]:
         for _ in range(CALLS):
             ops.linear(x, weight, None, [delta], ids)
 
+    extension(0)
+    with torch.no_grad():
+        if not torch.equal(ops.linear(x, weight, None, [delta], ids), out):
+            raise Error("bitdelta.ops.linear differs from the extension's product")
     cases = {name: Case(call, 0, _C.isa()) for name, call in (("own", extension), ("ops", operator))}
     with torch.no_grad():
         samples = interleaved(cases, 0.05 if quick else 1.0, 3 if quick else 20)
