@@ -82,7 +82,7 @@ def test_a_load_copies_nothing(report):
 def test_what_pytorch_adds_to_a_call_is_measured(report):
     pytest.importorskip("torch")
     [row] = [row for row in report["rows"] if row["kind"] == "overhead"]
-    assert row["goal"] == "<= 10 us" and row["calls"] > 1000 and row["met"] is None  # a quick run's
+    assert row["goal"] == "<= 10 us" and row["calls"] >= 600 and row["met"] is None  # a quick run's
     assert goals.judge({"kind": "overhead", "microseconds": 9.0}, machine.describe())["met"] is True
     late = goals.judge({"kind": "overhead", "microseconds": 11.0}, machine.describe())
     assert late["met"] is False and "11 us, goal <= 10 us" in goals.summary([late])[1]
