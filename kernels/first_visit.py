@@ -78,16 +78,27 @@ def run(steps: list[Step], out: Path, seconds: float = SECONDS) -> list[dict[str
         limit = min(step.seconds, deadline - time.monotonic())
         start = time.monotonic()
         status = run_one(step, out, limit) if limit >= SHORTEST else "no time was left"
-        ended.append({"step": step.name, "ended": status, "seconds": round(time.monotonic() - start, 1)})
-        print(f"{step.name}: {status}, {ended[-1]['seconds']} s", flush=True)
+        took, said = round(time.monotonic() - start, 1), last_line(out / log_of(step))
+        ended.append({"step": step.name, "ended": status, "seconds": took, "said": said})
+        print(f"{step.name}: {status}, {took} s: {said}", flush=True)
         (out / "summary.json").write_text(json.dumps(ended, indent=1) + "\n", encoding="utf-8")
     return ended
 
 
+def log_of(step: Step) -> str:
+    return "progress.log" if step.output.endswith(".json") else step.output
+
+
+def last_line(path: Path) -> str:
+    """Of pytest how many passed, of a sanitizer how many errors there are."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
+
+
 def run_one(step: Step, out: Path, limit: float) -> str:
     """ "ok", or what went wrong."""
-    is_json = step.output.endswith(".json")
-    path, log = out / step.output, out / ("progress.log" if is_json else step.output)
+    path, log = out / step.output, out / log_of(step)
+    is_json = path != log
     command = [word.replace(TO_END_IN_TIME, str(int(0.8 * limit))) for word in step.command]
     if shutil.which(command[0]) is None:
         return f"{command[0]} was not found"

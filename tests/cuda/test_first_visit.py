@@ -76,6 +76,7 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_next(tmp_path):
         "ok",
     ]
     assert json.loads((tmp_path / "summary.json").read_text()) == ended
+    assert [each["said"] for each in ended[3:]] == ["said", "its value", "has 40"]
     assert (tmp_path / "a.json").read_text() == "{}\n"
     assert "said" in (tmp_path / "progress.log").read_text()
     assert "its value" in (tmp_path / "some.log").read_text()
