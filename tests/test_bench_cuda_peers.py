@@ -17,6 +17,7 @@ from bitdelta.bench.cuda_cases import (
     BMM,
     DELTA,
     DENSE,
+    FOUR_STEPS,
     GROUPED,
     LORA,
     MM,
@@ -67,6 +68,7 @@ def test_lora_is_base_and_two_products(data, rank):
 def test_peers_are_those_of_the_kind():
     assert [name for name, _ in cuda_peers.peers(WHOLE_PROBLEM, 1)] == [
         *DENSE,
+        FOUR_STEPS,
         *(LORA.format(r) for r in RANKS),
     ]
     assert [name for name, _ in cuda_peers.peers(DELTA_PROBLEM, 1)] == [ORIGINAL, TUNED]
@@ -140,10 +142,10 @@ def test_calls_of_a_list_each_take_their_item():
 PROGRAM = """
 import json, torch
 from bitdelta.bench import cuda_peers, cuda_triton
-from bitdelta.bench.cuda_cases import DELTA, ORIGINAL, TUNED, Problem
+from bitdelta.bench.cuda_cases import DELTA, ORIGINAL, TUNED, WHOLE, Problem
 from bitdelta.bench.cuda_data import Data
 
-data, done = Data(1 << 21, 1 << 16, "cpu"), []
+data, done = Data(1 << 21, 1 << 22, "cpu"), []
 for rows in (1, 3):
     problem = Problem(DELTA, "tiny", "down", 2, rows)
     N, K = problem.linear.N, problem.linear.K
@@ -152,6 +154,8 @@ for rows in (1, 3):
             # the interpreter has no products of bf16
             cuda_peers.triton_peer(data, problem, name, tile, torch.float16).check()
             done.append(repr(tile))
+problem = Problem(WHOLE, "tiny", "down", 2, 3)
+cuda_peers.four_steps(data, problem, cuda_triton.Original()).check()
 x, parts = torch.randn(100_000), torch.zeros(16)
 cuda_triton.summed(x, parts)
 print(json.dumps([done, abs(float(parts.sum() - x.sum())) < 0.1]))

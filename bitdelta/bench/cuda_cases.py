@@ -18,6 +18,7 @@ EVEN, ZIPF, QUARTER_BASE, MIXED = "even", "Zipf 1.5", "a quarter base only", "32
 OURS, MERGED, CUBLAS = "bitdelta", "bitdelta merged", "cuBLAS, base only"
 MM, BMM, GROUPED = "torch.mm, one a tenant", "torch.bmm", "grouped_mm"
 DENSE = MM, BMM, GROUPED
+FOUR_STEPS = "cuBLAS + original's Triton, scale, add"  # as its demo runs a linear
 ORIGINAL, TUNED = "original's layout, Triton", "tuned Triton W1A16"
 EXPANDED = "dequantise + cuBLAS"
 RANKS, LORA = (16, 64, 128), "LoRA r={}, two bmm"

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from . import cuda_check
-from .cuda_cases import BMM, DELTA, DENSE, LORA, MM, ORIGINAL, RANKS, TUNED, Problem, n_sets
+from .cuda_cases import BMM, DELTA, DENSE, FOUR_STEPS, LORA, MM, ORIGINAL, RANKS, TUNED, Problem, n_sets
 from .cuda_data import Data
 from .cuda_timing import Call, each
 
@@ -31,6 +31,8 @@ class Peer:
     check: Callable[[], None]
     n_bytes: int  # the fewest that one call moves
     about: dict[str, Any] = field(default_factory=dict)
+    x: Any = None  # what is multiplied, and the result, of kernels that others go on with
+    y: Any = None
 
 
 def peers(problem: Problem, seconds: float) -> Iterator[tuple[str, Callable[[Data], Peer]]]:
@@ -44,6 +46,7 @@ def peers(problem: Problem, seconds: float) -> Iterator[tuple[str, Callable[[Dat
         return
     for name in DENSE:
         yield name, partial(dense, problem=problem, name=name)
+    yield FOUR_STEPS, partial(four_steps, problem=problem, seconds=seconds)
     for rank in RANKS:
         yield LORA.format(rank), partial(lora, problem=problem, rank=rank)
 
@@ -106,6 +109,30 @@ def lora(data: Data, problem: Problem, rank: int) -> Peer:
     return Peer(LORA.format(rank), each(call, range(count)), check, n_bytes)
 
 
+def four_steps(data: Data, problem: Problem, tile: Any = None, seconds: float = TUNING_SECONDS) -> Peer:
+    """x W^T + scale * (the delta by the original's kernel): one scale a tenant, fp16 in between, four launches."""
+    n_tenants, m, N, K = problem.tenants, problem.rows, problem.linear.N, problem.linear.K
+    kernel = triton_peer(data, problem, ORIGINAL, tile, torch.float16, seconds)
+    scale = data.scales(n_tenants, 1, 1).half()
+    count = min(len(kernel.calls), _count(data.weights.n_bytes, 2 * N * K))
+    weights = [data.weights.cut(i * 2 * N * K, (N, K), torch.float16) for i in range(count)]
+    results: list[Any] = [None]
+
+    def call(i: int) -> None:
+        kernel.calls[i]()
+        base = torch.mm(kernel.x.view(-1, K), weights[i].T).view(n_tenants, m, N)
+        results[0] = base + scale * kernel.y
+
+    def check() -> None:
+        kernel.check()
+        call(0)
+        expected = kernel.x[-1].double() @ weights[0].double().T + scale[-1].double() * kernel.y[-1].double()
+        cuda_check.close(results[0][-1], expected, cuda_check.CLOSE, FOUR_STEPS)
+
+    calls = each(call, range(count))
+    return Peer(FOUR_STEPS, calls, check, problem.base_bytes + kernel.n_bytes, kernel.about)
+
+
 def triton_peer(
     data: Data,
     problem: Problem,
@@ -156,9 +183,8 @@ def triton_peer(
             expected *= scale[-1, -64:].double()
         cuda_check.close(y[-1, :, -64:], expected, cuda_check.CLOSE, name)
 
-    return Peer(
-        name, each(partial(run, tile), range(count)), check, size + problem.row_bytes, {"tile": repr(tile)}
-    )
+    calls = each(partial(run, tile), range(count))
+    return Peer(name, calls, check, size + problem.row_bytes, {"tile": repr(tile)}, x, y)
 
 
 def _count(pool_bytes: int, size: int) -> int:
