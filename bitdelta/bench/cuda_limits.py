@@ -5,6 +5,7 @@ Shares and rooflines of the bench are of these figures, not of a data sheet's.
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import Any
 
@@ -15,11 +16,13 @@ from .cuda_timing import Call, each, replayed
 
 READ_BYTES = 1 << 30  # of one pass; far beyond an L2
 SQUARE = 8192
+WARM_SECONDS = 1.0
 SECONDS = 1.0  # of one measurement
 
 
 def measure(data: Data, seconds: float = SECONDS) -> dict[str, Any]:
     """`read`, `copy` (bytes read and written) in bytes/s, `rate` in operations/s, and who read fastest."""
+    _warm(data)
     halves = [data.weights.cut(i * READ_BYTES, (READ_BYTES // 2,), torch.bfloat16) for i in range(2)]
     reads = {name: _rate(calls, seconds) for name, calls in _readers(halves).items()}
     copies: list[Call] = [lambda: halves[1].copy_(halves[0])]
@@ -35,6 +38,14 @@ def measure(data: Data, seconds: float = SECONDS) -> dict[str, Any]:
         "copy": 2 * READ_BYTES / replayed(copies, seconds).median,
         "rate": 2 * SQUARE**3 / product.median,
     }
+
+
+def _warm(data: Data) -> None:
+    """Dense products for WARM_SECONDS, so that nothing below is of an idle GPU's clocks."""
+    a = data.weights.cut(0, (SQUARE, SQUARE), torch.bfloat16)
+    start = time.perf_counter()
+    while time.perf_counter() - start < WARM_SECONDS:
+        float(torch.mm(a, a)[0, 0])
 
 
 def _rate(calls: list[Call], seconds: float) -> float | None:

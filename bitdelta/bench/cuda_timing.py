@@ -17,6 +17,7 @@ from .timing import Sample, sample_of
 
 Call = Callable[[], object]
 SAMPLES, FEWEST = 100, 10  # FEWEST where SAMPLES would take longer than what is given
+WARM_SECONDS, MOST_WARM = 0.05, 1000  # untimed passes: a GPU that had nothing to do has lowered its clocks
 HOST_CALLS = 100  # enqueued without waiting; the driver's queue holds some thousand launches
 
 
@@ -62,6 +63,8 @@ def timed(run: Call, n_calls: int, seconds: float) -> Sample:
     """Samples of `run`, which makes n_calls: SAMPLES of them, fewer where they would take longer than `seconds`."""
     run()
     once = _elapsed(run, 2) / 2
+    for _ in range(min(MOST_WARM, int(WARM_SECONDS / max(once, 1e-9)))):
+        run()
     count = n_samples(once, seconds)
     events = [
         (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)

@@ -154,7 +154,7 @@ def pretended(device, monkeypatch):
     monkeypatch.setattr(cuda_timing, "eager", lambda calls, seconds: one)
     monkeypatch.setattr(cuda_limits, "replayed", untimed)
     monkeypatch.setattr(cuda_timing, "host", lambda call: untimed([call], 1))
-    for name, value in (("READ_BYTES", 1 << 16), ("SQUARE", 64)):
+    for name, value in (("READ_BYTES", 1 << 16), ("SQUARE", 64), ("WARM_SECONDS", 0)):
         monkeypatch.setattr(cuda_limits, name, value)
     monkeypatch.setattr(cuda_cases, "LAYERS", dict.fromkeys(cuda_cases.LAYERS, cuda_cases.LAYERS["tiny"]))
     monkeypatch.setattr(cuda_cases, "MIN_BYTES", 1)
