@@ -58,7 +58,7 @@ def plan(build: str) -> list[Step]:
         Step("suite", 100, "suite.log", [*suite, *others, "tests/cuda"]),
         Step("suite of single kernels", 60, "suite.log", [*suite, *of_kernels], library),
         Step("rates", 60, "rates.json", [python, "kernels/microbench/rates.py"]),
-        Step("bench", 180, "bench.json", [*bench, "--seconds", TO_END_IN_TIME]),
+        Step("bench", 230, "bench.json", [*bench, "--seconds", TO_END_IN_TIME]),
         Step("whole models", 60, "model.json", [*bench, "--model", "--seconds", TO_END_IN_TIME]),
         sanitizer("memcheck", [*suite, "tests/cuda/test_cuda_products.py", "-k", "bits_of_the_cpu"], single),
         sanitizer("racecheck", [*suite, few_rows, "-k", "cuda"], library),
