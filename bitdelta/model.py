@@ -88,6 +88,8 @@ class DeltaModel(nn.Module):  # type: ignore[misc]
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         model.register_forward_pre_hook(_note_rows, with_kwargs=True)
+        if getattr(model.config, "is_encoder_decoder", False):  # generate runs its encoder by itself
+            model.get_encoder().register_forward_pre_hook(_note_rows, with_kwargs=True)
 
     @classmethod
     def from_pretrained(

@@ -155,6 +155,30 @@ def test_rows_of_several_tenants_equal_their_merged_models(name, tmp_path):
             assert found[row, : len(wanted)].tolist() == wanted.tolist()
 
 
+@pytest.mark.parametrize(
+    "name", ["opt", "llama4", "t5", "whisper"]
+)  # each cut, or run in two parts, in its own way
+def test_several_beams_of_padded_rows_are_those_of_each_row_alone(name, tmp_path):
+    config, cls = ARCHITECTURES[name]
+    cls = getattr(tf, cls)
+    make(tmp_path, config(), cls)
+    model = DeltaModel.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    for i in range(2):
+        model.load_delta(f"t{i}", tmp_path / f"delta-{i}")
+    batch = {key: value for key, value in inputs(name, len(WHO)).items() if not key.startswith("decoder")}
+    if name != "whisper":
+        padding = torch.arange(6) < torch.arange(len(WHO))[:, None]
+        batch = {"input_ids": batch["input_ids"].masked_fill(padding, 0), "attention_mask": (~padding).long()}
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": 3, "num_return_sequences": 2}
+    found = model.generate(**batch, delta_names=NAMES, **options)
+    for row, who in enumerate(WHO):
+        skipped = row if name in ("opt", "llama4") else 0  # of a decoder's prompt
+        alone = {key: value[row : row + 1, skipped:] for key, value in batch.items()}
+        wanted = merged(tmp_path, who, cls).generate(**alone, **options)
+        for own, other in zip(found[2 * row : 2 * row + 2], wanted, strict=True):
+            assert own[skipped:][: len(other)].tolist() == other.tolist()
+
+
 REFUSED = {
     "mamba": (
         lambda: tf.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, state_size=8, **ENDS),
