@@ -205,7 +205,11 @@ def describe(rows: list[dict[str, Any]]) -> Iterator[str]:
         times = [f"{found[size, tenants, kind, rank]['microseconds'] / 1e3:.3f}" for kind, rank in kinds]
         shares = [f"{ours['spread']:.0%}", f"{ours['share']:.0%}", f"{ours['speed']:.2f}x"]
         lines.append([str(size), str(tenants), *times, *shares])
-    yield from table(COLUMNS, lines, f"one linear, a row a tenant, {rows[0]['threads']} threads")
+    yield from table(
+        COLUMNS,
+        lines,
+        f"one linear, a row a tenant, {rows[0]['threads']} thread{'s' * (rows[0]['threads'] != 1)}",
+    )
     names = {
         kind: sorted({row["variant"] for row in rows if row["kind"] == kind}) for kind in ("naive", "lora")
     }
