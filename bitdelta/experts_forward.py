@@ -1,7 +1,8 @@
 """The experts and the router of a mixture: rows of many tenants at once, without expanding weights.
 
     experts   stacks gate_up_proj (or up_proj) and down_proj [E, N, K], as transformers fuses them: every expert's
-              product with the base over the rows routed to it, + each row's own delta
+              product with the base over the rows routed to it, + each row's own delta; on a GPU all experts at
+              once where they can (experts_grouped.py)
     router    a module that uses its matrix `weight` in F.linear and nothing else
 
 Others are cut by tenant (split_forward.py).
@@ -9,7 +10,7 @@ Others are cut by tenant (split_forward.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 
 from .batch import Batch, Rows
 from .change import Change, Stack, Whole
+from .experts_grouped import Grouped
 from .linear_forward import LinearPlan
 from .split_forward import SplitForward, replaced
 
@@ -71,24 +73,37 @@ class ExpertsForward(SplitForward):
         module: Any = self.module
         first = plan["gate_up_proj" if module.has_gate else "up_proj"]
         activate = module._apply_gate if module.has_gate else module.act_fn
-        device, n_choices = hidden_states.device, top_k_index.shape[-1]
-        tenants = batch.expand(len(hidden_states), self.path)
+        n_choices = top_k_index.shape[-1]
+        tenants = batch.rows_of(len(hidden_states), self.path, hidden_states.device)
         chosen, order = top_k_index.reshape(-1).sort(stable=True)
         rows = order // n_choices
-        places = (
-            rows.cpu().numpy()
-        )  # a GPU is waited for: how many rows an expert has decides what is launched
-        found, begin = [], 0
-        for expert, count in enumerate(chosen.bincount(minlength=module.num_experts).tolist()):
-            if count:
-                own = rows[begin : begin + count]
-                whose = Rows(tenants[places[begin : begin + count]], device)
-                inner = activate(first.product(expert, hidden_states[own], whose))
-                found.append(plan["down_proj"].product(expert, inner, whose))
-                begin += count
-        weighted = torch.cat(found) * top_k_weights.reshape(-1)[order, None]
+        grouped = first.grouped, plan["down_proj"].grouped
+        if grouped[0] and grouped[1] and not torch.is_grad_enabled():
+            numbers = torch.arange(1, module.num_experts + 1, device=chosen.device)
+            ends = torch.searchsorted(chosen, numbers, out_int32=True)
+            whose = tenants.placed[rows]
+            inner = activate(grouped[0].product(hidden_states[rows], chosen, ends, whose))
+            found = grouped[1].product(inner, chosen, ends, whose)
+        else:
+            found = torch.cat(
+                [
+                    plan["down_proj"].product(expert, activate(first.product(expert, x, whose)), whose)
+                    for expert, x, whose in _by_expert(hidden_states, chosen, rows, tenants)
+                ]
+            )
+        weighted = found * top_k_weights.reshape(-1)[order, None]
         in_order = weighted[order.argsort()].view(len(hidden_states), n_choices, -1)
         return in_order.sum(1).to(hidden_states.dtype)
+
+
+def _by_expert(hidden_states: T, chosen: T, rows: T, tenants: Rows) -> Iterator[tuple[int, T, Rows]]:
+    """Every expert that has rows, these and their tenants; a GPU is waited for, as it knows how many there are."""
+    places, begin = rows.cpu().numpy(), 0
+    for expert, count in enumerate(chosen.bincount().tolist()):
+        if count:
+            part = slice(begin, begin + count)
+            yield expert, hidden_states[rows[part]], Rows(tenants.ids[places[part]], hidden_states.device)
+            begin += count
 
 
 class _Matrices:
@@ -100,6 +115,8 @@ class _Matrices:
         self.parameter, self.changes = parameter.detach(), changes
         self.bounds = bounds or ((0, parameter.shape[1]),)
         self.plans: dict[int, list[LinearPlan]] = {}
+        can = Grouped.can(self.parameter, changes)
+        self.grouped = Grouped(self.parameter, changes, self.bounds) if can else None
 
     def product(self, expert: int, x: T, rows: Rows) -> T:
         weight = self.parameter[expert]

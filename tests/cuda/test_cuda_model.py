@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from conftest import pair
 from models import llama_config, make, merged
 from torch import nn
@@ -13,7 +14,8 @@ from torch import nn
 import bitdelta
 from bitdelta import _C, cuda, ops
 from bitdelta.batch import Batch, current
-from bitdelta.change import LowRank, Packed
+from bitdelta.change import LowRank, Packed, Whole
+from bitdelta.experts_grouped import Grouped
 from bitdelta.model import DeltaModel
 from bitdelta.modules import install
 from bitdelta.tenant import Tenant
@@ -260,3 +262,41 @@ def test_low_rank_embeddings_and_heads_of_a_tenant_run_on_the_gpu(on_gpu):
         tenant = Tenant("t", "lora", {}, None, by_module=moved)
     found = run(on_gpu(model), [tenant], [0, -1, 0], (ids.to(WHERE),))[0].cpu()
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """Four experts, two a token; the packed stacks of gate and up projections change on their own."""
+    config = transformers.MixtralConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return make(tmp_path_factory.mktemp("mixture"), config, transformers.MixtralForCausalLM)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_all_experts_are_launched_together_and_the_host_asks_for_nothing(
+    mixture, on_gpu, launches, monkeypatch, dtype
+):
+    model = DeltaModel.from_pretrained(mixture / "base", dtype=dtype)
+    for i in range(2):
+        model.load_delta(f"t{i}", mixture / f"delta-{i}")
+    ids, names = tokens(3), ["t0", None, "t1"]
+    expected = model(ids, delta_names=names).logits
+    on_gpu(model)
+    monkeypatch.setattr("bitdelta.experts_forward._by_expert", None)
+    found = model(ids.to(WHERE), delta_names=names).logits.cpu()
+    # attention, gate, up and down of all experts, head; the router, which is whole, where its base is bf16
+    assert len(launches) == 4 + 3 + 1 + (dtype == torch.bfloat16)
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert error <= (NEAR if dtype == torch.float32 else 0.03)
+    (wrapped,) = (each for each in model.wrapped if each.path.endswith("experts"))
+    with model.batch(names, 3) as batch:
+        model.model(ids.to(WHERE))
+        stack = batch.plans[id(wrapped)]["gate_up_proj"]
+    assert [part[:2] for part in stack.grouped.parts] == [(0, 48), (48, 96)]
+    whole = [None, None]
+    assert Grouped.can(stack.parameter, stack.changes) and Grouped.can(stack.parameter, whole)
+    assert not Grouped.can(stack.parameter, [Whole(stack.parameter)])
+    assert not Grouped.can(stack.parameter, [None] * 1025)  # more slots than a table has

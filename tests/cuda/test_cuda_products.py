@@ -241,3 +241,17 @@ def test_sizes_beyond_the_kernels_are_refused(gpu):
         cuda.linear(x, gpu(torch.empty(1, size)), [], [-1])
     with pytest.raises(ValueError, match="T: .*4097"):
         cuda.plan([-1], 1, 4097, x)
+
+
+def test_while_a_stream_is_captured_nothing_is_brought_to_a_gpu(device, rng, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(cuda, "_EMULATED", False)
+    x, (delta, *_) = torch.zeros(2, K), some_deltas(rng)
+    with pytest.raises(
+        bitdelta.DeviceError, match="deltas: expected those of a call before while a stream is captured"
+    ):
+        cuda.table([delta], x)
+    with pytest.raises(
+        bitdelta.DeviceError, match="tenant_ids: expected int64 on the GPU while a stream is captured"
+    ):
+        cuda.plan([0, 0], 2, 1, x)
