@@ -44,7 +44,7 @@ def plan(build: str) -> list[Step]:
     suite = [python, "-m", "pytest", "-q", "-m", "gpu", "-rs", "-o", "timeout=90", "-p", "no:cacheprovider"]
     of_kernels = [f"tests/cuda/test_{name}_kernels.py" for name in KERNEL_TESTS]
     others = [f"--ignore={path}" for path in of_kernels]
-    bench = [python, "-m", "bitdelta", "bench", "cuda", "--json"]
+    bench = [python, "-m", "bitdelta.cli", "bench", "cuda", "--json"]
     build_here = [python, "setup.py", "-q", "build_ext", "--inplace"]
     library = {"BITDELTA_TEST_KERNELS": f"{build}/kernels.so"}
     single = {

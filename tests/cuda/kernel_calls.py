@@ -153,6 +153,7 @@ def build_for_gpu(folder, archs=None, names=None):
     """Compiles kernels/ by nvcc for the visible GPUs, with functions that ctypes finds; `names`: these files alone."""
     nvcc = toolchain.find_nvcc()
     archs = toolchain.visible_archs() if archs is None else archs
+    assert archs, "nvidia-smi shows no GPU"
     every = toolchain.kernel_sources()
     sources = [source for source in every if names is None or Path(source).name in names]
     sources = [*sources, str(Path(__file__).parent / "host_memory.cu")]

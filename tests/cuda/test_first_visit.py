@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bitdelta import _C
+
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "kernels"))
 import first_visit  # noqa: E402
@@ -44,12 +46,29 @@ def test_the_steps_name_files_that_exist_and_leave_few():
     )  # as builds take a third of what they may
 
 
-def test_tests_that_a_step_selects_exist():
-    racecheck = next(step for step in first_visit.plan("x") if step.name == "racecheck")
-    command = [*racecheck.command[racecheck.command.index("-m") - 1 :], "--collect-only"]
+# all but the one that collects the whole folder, which takes long
+OF_TESTS = ["suite of single kernels", "memcheck", "racecheck", "synccheck"]
+
+
+@pytest.mark.parametrize("name", OF_TESTS)
+def test_tests_that_a_step_selects_exist(name):
+    command = next(step.command for step in first_visit.plan("x") if step.name == name)
+    command = [*command[command.index("-m") - 1 :], "--collect-only"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert "[cuda-b1-1]" in run.stdout or "cuda" in run.stdout, run.stdout
-    assert "emulated" not in run.stdout
+    chosen = [line for line in run.stdout.splitlines() if "::" in line]
+    assert run.returncode == 0 and chosen, run.stdout
+    assert not any("emulated" in line for line in chosen)
+
+
+@pytest.mark.parametrize("name", ["bench", "whole models"])
+def test_the_bench_is_called_as_it_wants(name):
+    if _C.cuda_missing() is None and not _C.cuda_is_emulated():
+        pytest.skip("a GPU would run it")
+    command = next(step.command for step in first_visit.plan("x") if step.name == name)
+    command = [word.replace(first_visit.TO_END_IN_TIME, "5") for word in command]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 2 and run.stdout == ""
+    assert "bench cuda needs a GPU" in run.stderr
 
 
 def step(name, code, seconds=60, output="some.log", **variables):
