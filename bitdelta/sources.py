@@ -7,7 +7,7 @@ from typing import Any
 
 from .checkpoint import Checkpoint
 from .checkpoint_model import read_config
-from .errors import BaseMismatchError
+from .errors import BaseMismatchError, Error
 from .header import read_json
 from .packfile import Packfile, load
 from .quantized import quantized_modules
@@ -17,13 +17,20 @@ from .tenant_config import Own, difference, end_tokens, own_parts
 
 
 def model_class(config: dict[str, Any]) -> Any:
-    """The class that config.json names, else AutoModelForCausalLM."""
+    """The class that config.json names; AutoModelForCausalLM where it names none, or code that comes with it.
+
+    Raises:
+        bitdelta.Error: transformers has no such class.
+    """
     import transformers
 
-    for name in config.get("architectures") or ():
+    names = config.get("architectures") or ()
+    for name in names:
         found = getattr(transformers, name, None)
         if found is not None:
             return found
+    if names and "auto_map" not in config:
+        raise Error(f"config.json: transformers {transformers.__version__} has no {names[0]}")
     return transformers.AutoModelForCausalLM
 
 

@@ -1,6 +1,7 @@
 """DeltaModel: every row of a mixed batch is what the merged model of its tenant gives for the row alone."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -157,7 +158,7 @@ def test_set_delta_names_the_rows_that_name_none(llama):
 
 
 @torch.no_grad()
-def test_wrong_input_is_refused_by_name_and_the_model_goes_on(llama):
+def test_wrong_input_is_refused_by_name_and_the_model_goes_on(llama, tmp_path):
     root, model, _ = llama
     ids = tokens(3)
     before = model(ids, delta_names=["t0", "t1", None]).logits
@@ -190,6 +191,11 @@ def test_wrong_input_is_refused_by_name_and_the_model_goes_on(llama):
         model.load_delta("new", b"delta")
     with pytest.raises(IndexError, match="token -1 is not in the vocabulary of t1"):
         model(torch.tensor([[3, 4], [5, -1]]), delta_names=[None, "t1"])
+    shutil.copytree(root / "base", tmp_path / "odd")
+    config = json.loads((root / "base" / "config.json").read_text()) | {"architectures": ["LlamaForPoetry"]}
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Error, match="transformers .* has no LlamaForPoetry"):
+        DeltaModel.from_pretrained(tmp_path / "odd")
     with pytest.raises(TypeError, match="model: expected a model of transformers, got Linear"):
         DeltaModel(torch.nn.Linear(2, 2), root / "base")
     assert model.deltas == ["t0", "t1"]
