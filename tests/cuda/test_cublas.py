@@ -16,7 +16,7 @@ from kernel_calls import Matrix, matrix
 
 import bitdelta
 from bitdelta import _C, cublas, cuda
-from bitdelta.array import aligned_empty, from_float32, to_float32
+from bitdelta.array import aligned_empty, to_float32
 
 ROOT = Path(__file__).parent.parent.parent
 OK, ARGUMENT, CUDA = 0, 3, 4  # bd_status
@@ -242,16 +242,38 @@ def test_the_first_that_opens_multiplies(how, tmp_path, monkeypatch):
 # ---- through the package ----
 
 
-def test_base_rows_have_the_bits_of_cublas_alone(device, rng):
-    for dtype in DTYPES:
-        base, finetuned = (tensor(rng.normal(size=(40, 300)), dtype) for _ in range(2))
-        delta = bitdelta.extract(base, finetuned)
-        x = tensor(rng.normal(size=(5, 300)), dtype)
-        put = (lambda values: values) if _C.cuda_is_emulated() else device.put
-        alone = np.asarray(device.get(cuda.multiply(put(x), put(base), True)))
-        y = device.get(cuda.linear(put(x), put(base), [delta], [-1, 0, -1, 0, -1]))
-        assert np.array_equal(bits(y)[::2], bits(from_float32(alone, dtype))[::2])
-        assert not np.array_equal(bits(y)[1::2], bits(from_float32(alone, dtype))[1::2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_base_rows_have_the_bits_of_cublas_alone(device, rng, dtype):
+    base, finetuned, x = (rng.normal(size=shape) for shape in ((40, 300), (40, 300), (5, 300)))
+    delta = bitdelta.extract(tensor(base, dtype), tensor(finetuned, dtype))
+    weight, x = (tensor(values, dtype, "torch").to(device.name) for values in (base, x))
+    alone = cuda.multiply(x, weight, is_transposed=True)
+    y = bits(cuda.linear(x, weight, [delta], [-1, 0, -1, 0, -1]).cpu())
+    rounded = bits(alone.to(x.dtype).cpu())
+    assert np.array_equal(y[::2], rounded[::2])
+    assert not np.array_equal(y[1::2], rounded[1::2])
+    assert np.array_equal(bits(cuda.linear(x, weight, [], [-1] * 5).cpu()), rounded)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_takes_any_strides_and_dtypes(device, rng, dtype):
+    a, b = rng.normal(size=(3, 300)), rng.normal(size=(300, 40))
+    x, weight = (tensor(values, dtype, "torch").to(device.name) for values in (a, b))
+    expected = cuda.multiply(x, weight)
+    assert np.allclose(expected.cpu(), x.cpu().double() @ weight.cpu().double(), rtol=1e-4, atol=1e-4)
+    turned = weight.T.contiguous()
+    for other, is_transposed in ((turned, True), (turned.T, False), (weight.T, True)):
+        assert np.allclose(cuda.multiply(x, other, is_transposed).cpu(), expected.cpu(), rtol=1e-5, atol=1e-5)
+    apart = weight.repeat(1, 2)[:, ::2]
+    assert np.allclose(
+        cuda.multiply(x.T.contiguous().T, apart).cpu(),
+        cuda.multiply(x, apart.contiguous()).cpu(),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    mixed = cuda.multiply(x.float(), weight)
+    assert np.allclose(mixed.cpu(), expected.cpu(), rtol=1e-5, atol=1e-5)
+    assert cuda.multiply(x[:0], weight).shape == (0, 40)
 
 
 @pytest.mark.parametrize(
