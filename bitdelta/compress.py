@@ -73,7 +73,7 @@ def compress(
         quantized_base: take the delta from what the base computes with when it is quantised like this, and so repair
             what that loses: "int8", "bnb-int8", "bnb-nf4", "stored" or a config of transformers; see
             `bitdelta.quantized`. The sizes of `dry_run` are those without.
-        device: where to calibrate on the text (`bitdelta.calibrate`); a budget's errors are measured on the CPU.
+        device: where to calibrate on the text, as of `bitdelta.calibrate`.
 
     Returns:
         A dict that JSON can hold: counts, parameters and share of each form, bytes, factor, relative error, speed.
@@ -179,7 +179,7 @@ def _calibrated(
     shutil.rmtree(plain, ignore_errors=True)
     try:
         if budget is not None:
-            plans = spend(plans, target, text, out_dir, budget, fit, progress)
+            plans = spend(plans, target, text, out_dir, budget, fit, progress, device)
         report = _pack(source, target, plain, plans, absent, budget, progress)
         found = calibrate(*given, plain, text, out_dir, fit, progress=progress, device=device)
     finally:

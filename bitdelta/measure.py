@@ -30,6 +30,7 @@ from .delta import Delta, extract
 from .errors import Error
 from .fitting import ROWS
 from .fitting import fit as fit_weight
+from .fitting_device import HOST, Host
 from .fitting_rows import expand_rows
 from .forms import VOCABULARY, Plan, packable, packed_bytes, with_form, without
 from .hidden import State
@@ -73,6 +74,7 @@ class Measuring:
         seed: of the random signs of logits.
         out_dir: of the delta that is to be; what is measured lies in `.NAME.budget` beside it until `forget`.
         bar: counts tensors.
+        on: where layers run and candidates are fitted; the sensitivity is measured on the CPU.
     """
 
     def __init__(
@@ -86,7 +88,9 @@ class Measuring:
         seed: int,
         out_dir: Path,
         bar: Any,
+        on: Host,
     ) -> None:
+        self.on = on
         self.plans, self.target, self.tokens, self.n_held_out = plans, target, tokens, n_held_out
         self.bits, self.fit, self.seed, self.bar = bits, fit, seed, bar
         self.state = State(out_dir, self._key(), "budget")
@@ -120,11 +124,11 @@ class Measuring:
         self._restore()
         probes = self.tokens[-self.n_held_out :]
         try:
-            model = Streamed(self.target, self.tokens, self.n_held_out)
+            model = Streamed(self.target, self.tokens, self.n_held_out, self.on)
         except Error:
             whole = Whole(self.target, probes, 0)
             self._sense(lambda: measure_whole(whole, self.seed))
-            whole = Whole(self.target, self.tokens, self.n_held_out)
+            whole = Whole(self.target, self.tokens, self.n_held_out, self.on)
             for weights in whole.collect(self._left()):
                 self._measure_all(weights)
         else:
@@ -216,7 +220,7 @@ class Measuring:
         weight = self.sensitivity.weight(name, is_table=False)
         if x is not None and weight is not None:
             count = self.n_held_out * self.tokens.shape[1]
-            total += float(weight @ output_powers(d, delta, x, is_turned)) / count
+            total += float(weight @ output_powers(d, delta, x, is_turned, self.on)) / count
         weight = self.sensitivity.weight(name, is_table=True)
         if weight is not None:
             share = self.sensitivity.shares(name, len(d))
@@ -272,17 +276,17 @@ class Measuring:
                 tensor.release()
 
 
-def output_powers(d: F32, delta: Delta | None, x: F32, is_turned: bool) -> F64:
+def output_powers(d: F32, delta: Delta | None, x: F32, is_turned: bool, on: Host = HOST) -> F64:
     """Of every output the sum over the inputs x of the squares of x (d - delta)^T; turned, of x (d - delta)."""
-    if is_turned:
-        left = d if delta is None else d - expand_rows(delta, slice(0, len(d)))
-        return np.square(x @ left, dtype=np.float64).sum(0)
-    powers = np.empty(len(d))
-    for begin in range(0, len(d), ROWS):
-        rows = slice(begin, min(begin + ROWS, len(d)))
-        left = d[rows] if delta is None else d[rows] - expand_rows(delta, rows)
-        powers[rows] = np.square(x @ left.T, dtype=np.float64).sum(0)
-    return powers
+    placed, powers = on.put(x), []
+    for begin in range(0, len(d), len(d) if is_turned else ROWS):
+        rows = slice(begin, len(d) if is_turned else min(begin + ROWS, len(d)))
+        left = on.put(d[rows])
+        if delta is not None:
+            left = left - on.expand(delta.sign, delta.scale, delta.column, delta.shape, rows)
+        y = placed @ (left if is_turned else left.T)
+        powers.append(on.column_dots(y, y))
+    return np.concatenate(powers)
 
 
 def _pair(plan: Plan) -> tuple[Any, Any]:

@@ -37,6 +37,7 @@ def spend(
     bits: float,
     fit: str,
     progress: bool,
+    device: Any = None,
 ) -> list[Plan]:
     """The plans with the forms and planes that leave the least error within the budget.
 
@@ -48,21 +49,26 @@ def spend(
         bits: per parameter, on average.
         fit: what calibration will fit, "signs" or "scales".
         progress: a progress bar on stderr.
+        device: as of `calibrate`.
 
     Raises:
         ValueError: too few bits; what `calibrate` raises.
     """
     from .calibration_text import HELD_OUT, read_tokens
+    from .devices import torch_device
+    from .fitting_device import place
     from .measure import Measuring
 
     packed = {plan.name: plan for plan in plans if plan.entry["form"] in PACKED}
     if not packed:
         return plans
+    on = place(torch_device(device))
     tokens = read_tokens(text, target)
     most = int(bits * sum(map(packable, (plan.entry for plan in packed.values()))) / 8)
     with progress_bar("measure", len(packed), progress, " tensors") as bar:
         n_held_out = max(1, len(tokens) // HELD_OUT)
-        found = Measuring(packed, target, tokens, n_held_out, bits, fit, 0, Path(out_dir), bar).all()
+        run = Measuring(packed, target, tokens, n_held_out, bits, fit, 0, Path(out_dir), bar, on)
+        found = run.all()
     choice = choose({name: about.candidates for name, about in found.items()}, most)
     done = []
     for plan in plans:

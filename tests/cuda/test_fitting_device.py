@@ -25,7 +25,7 @@ F32 = np.float32
 
 @pytest.fixture
 def on(device):
-    return Gpu(torch.device("cpu") if _C.cuda_is_emulated() else torch.device("cuda", 0))
+    return Gpu(torch_device(device.name))
 
 
 def hessian_of(rng, n_rows=3 * K, k=K):
@@ -128,10 +128,9 @@ def test_a_whole_calibration_runs_there(device, tmp_path, monkeypatch):
     for name in ("fit_signs", "sweep"):
         monkeypatch.setattr(_C, name, lambda *a: pytest.fail("the CPU's"))
     monkeypatch.setenv("BITDELTA_DEVICE", "emulated")
-    where = "cpu" if _C.cuda_is_emulated() else "cuda"
-    report = bitdelta.calibrate(*folders, tokens(), tmp_path / "there", device=where, **options)
+    report = bitdelta.calibrate(*folders, tokens(), tmp_path / "there", device=device.name, **options)
     assert set(calls) == {"cuda_fit_signs", "cuda_sweep", "cuda_expand"}
-    assert report["device"] == str(torch_device(where))
+    assert report["device"] == str(torch_device(device.name))
     assert [t["name"] for t in report["tensors"]] == [t["name"] for t in expected["tensors"]]
     assert report["output_error"] == pytest.approx(expected["output_error"], rel=0.01)
     assert report["output_error"] < 0.95 * report["output_error_before"]
@@ -143,18 +142,36 @@ def test_a_whole_calibration_runs_there(device, tmp_path, monkeypatch):
 
 def test_experts_and_whole_models_run_there(device, tmp_path, monkeypatch):
     monkeypatch.setenv("BITDELTA_DEVICE", "emulated")
-    where = "cpu" if _C.cuda_is_emulated() else "cuda"
     for kind in ("mixtral", "bert"):
         root = tmp_path / kind
         save_pair(root, config(kind, layers=1))
         folders = root / "base", root / "finetuned", root / "delta"
         bitdelta.compress(*folders)
         report = bitdelta.calibrate(
-            *folders, tokens(16), root / "out", length=32, rounds=1, fit="scales", device=where
+            *folders, tokens(16), root / "out", length=32, rounds=1, fit="scales", device=device.name
         )
         assert report["fitted"] > 0
         assert report["output_error"] < report["output_error_before"]
         assert report["mode"].startswith("whole model" if kind == "bert" else "layer by layer")
+
+
+def test_a_budget_is_measured_there(device, tmp_path, monkeypatch):
+    save_pair(tmp_path, config("llama", layers=1))
+    text, options = tokens(8), {"budget": 2.5, "fit": "scales"}
+    found = []
+    for where in (None, device.name):
+        if where is not None:
+            monkeypatch.setenv("BITDELTA_DEVICE", "emulated")
+        out = tmp_path / f"out-{where}"
+        found.append(
+            bitdelta.compress(
+                tmp_path / "base", tmp_path / "finetuned", out, text=text, device=where, **options
+            )
+        )
+    host, there = (report["budget"] for report in found)
+    assert there["effect"] == pytest.approx(host["effect"], rel=1e-3)
+    assert there["left"] == pytest.approx(host["left"], rel=0.05)
+    assert there["bytes"] == pytest.approx(host["bytes"], rel=0.02)
 
 
 def test_a_gpu_that_is_not_there_stops_everything_before_it_begins(tmp_path, capsys):
