@@ -106,7 +106,7 @@ def machine() -> dict[str, Any]:
         "gpu": facts.name,
         "capability": f"{facts.major}.{facts.minor}",
         "processors": facts.multi_processor_count,
-        "l2_bytes": facts.L2_cache_size,
+        "l2_bytes": getattr(facts, "L2_cache_size", 0),
         "memory_gb": round(facts.total_memory / 1e9, 1),
         "driver": _driver(),
         "torch": torch.__version__,
