@@ -12,7 +12,9 @@ changes. Of more tenants than `max_resident` the others wait in pinned memory (`
 their own: `prefetch` a tenant before its batch, and the batch waits for nothing but what it is about to use.
 
 A decode step over a static cache can be captured into a CUDA graph: open `model.batch(names, n_rows)`, run the step
-once, then capture it inside the same batch. The graph is good as long as that batch is open.
+once, then capture it inside the same batch. The graph is good as long as that batch is open. What waits for the GPU and
+so cannot be captured: that first run, `generate`'s own loop, experts of which some are whole or not in bf16, tables of
+positions given in one dimension.
 """
 
 from __future__ import annotations

@@ -197,6 +197,7 @@ def on_device(tensor: T, device: torch.device) -> T:
     """A tensor of the host on a device; a GPU copies it from pinned memory, so that nothing waits."""
     if device.type != "cuda":
         return tensor.to(device)
+    cuda.refuse_capture("rows of tenants: expected those of a call before")
     return tensor.pin_memory().to(device, non_blocking=True)
 
 

@@ -255,3 +255,5 @@ def test_while_a_stream_is_captured_nothing_is_brought_to_a_gpu(device, rng, mon
         bitdelta.DeviceError, match="tenant_ids: expected int64 on the GPU while a stream is captured"
     ):
         cuda.plan([0, 0], 2, 1, x)
+    with pytest.raises(bitdelta.DeviceError, match="rows of tenants: expected those of a call before"):
+        ops.on_device(torch.zeros(2), torch.device("cuda"))
