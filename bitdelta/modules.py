@@ -143,6 +143,8 @@ def install(model: nn.Module, path: str) -> Iterator[Wrapped]:
     block_path = match[1] if match else parent_path if isinstance(own, SortedForward) else None
     if block_path is not None:
         block = model.get_submodule(block_path)
+        if isinstance(own, SortedForward):
+            _refuse_other_calls(block, block_path, module, path.rpartition(".")[2])
         around = _wrapped(block)
         if isinstance(around, SplitForward):
             around.has_inner = True
@@ -187,6 +189,20 @@ def kind_of(module: nn.Module) -> type[Wrapped]:
     if is_router(module):
         return RouterForward
     return SortedForward if "Expert" in name else SplitForward
+
+
+def _refuse_other_calls(block: nn.Module, block_path: str, module: nn.Module, child: str) -> None:
+    """Where a block's forward does not call its experts, cutting it by tenant does not cut their rows."""
+    try:
+        source = inspect.getsource(type(block).forward)
+    except OSError:  # made while the program runs; SortedForward looks again
+        return
+    if f"self.{child}(" not in source:
+        raise Error(
+            f"{block_path}.{child}: {type(module).__name__} takes its rows sorted by expert, and not from the forward "
+            f"of {type(block).__name__}, so it cannot run rows of several tenants; merge the delta instead (bitdelta "
+            "merge)"
+        )
 
 
 def _refuse_cache(module: nn.Module, path: str) -> None:

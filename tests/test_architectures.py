@@ -185,6 +185,21 @@ REFUSED = {
         "MambaForCausalLM",
         "mixer: MambaMixer holds changed parameters itself",
     ),
+    "jetmoe": (  # attention that maps and reduces by experts, not by its forward
+        lambda: tf.JetMoeConfig(
+            vocab_size=96,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_key_value_heads=2,
+            kv_channels=8,
+            intermediate_size=48,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=64,
+        ),
+        "JetMoeForCausalLM",
+        "self_attention.experts.input_linear: JetMoeParallelExperts takes its rows sorted by expert, and not from",
+    ),
     "lfm2": (  # reads the weight of its convolution itself when there is a cache
         lambda: tf.Lfm2Config(**SMALL, num_key_value_heads=2, layer_types=["conv", "full_attention"]),
         "Lfm2ForCausalLM",
@@ -194,7 +209,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_an_architecture_that_keeps_parameters_beside_its_cache_is_refused_by_name(name, tmp_path):
+def test_an_architecture_that_cannot_be_cut_by_tenant_is_refused_by_name(name, tmp_path):
     config, cls, words = REFUSED[name]
     make(tmp_path, config(), getattr(tf, cls), tenants=1)
     model = DeltaModel.from_pretrained(tmp_path / "base", dtype=torch.float32)

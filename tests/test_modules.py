@@ -133,10 +133,12 @@ def test_a_block_that_sorts_rows_by_expert_is_cut_by_tenant():
     for row, who in enumerate([1, 0, 1, 0]):
         assert torch.allclose(found[row], wanted[who][row], atol=1e-6)
     assert torch.equal(model(x), wanted[0])
-    alone = nn.Sequential(SortedExperts())  # nothing around it to cut
-    changed = tenant(alone, {"0.weight": torch.zeros(2, 4, 4)})
-    with pytest.raises(Error, match="0: SortedExperts takes its rows sorted by expert"):
-        run(alone[0], x.view(-1, 4), [changed], [0, -1, 0, -1])
+    with pytest.raises(Error, match="0.experts: SortedExperts takes its rows sorted by expert"):
+        run(model[0].experts, x.view(-1, 4), [changed], [0, -1, 0, -1])
+    with pytest.raises(
+        Error, match="0: SortedExperts takes its rows sorted .* not from the forward of Sequential"
+    ):
+        tenant(nn.Sequential(SortedExperts()), {"0.weight": torch.zeros(2, 4, 4)})  # nothing around it to cut
 
 
 class Reversed(nn.Module):
