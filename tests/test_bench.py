@@ -290,6 +290,16 @@ def test_decoding_for_many_tenants_is_measured_against_merged_models_and_lora(ca
     assert "shape: expected one of llama-2-7b" in capsys.readouterr().err
 
 
+def test_logits_that_are_not_those_of_the_adapter_alone_are_named():
+    torch = pytest.importorskip("torch", reason="torch or transformers is not installed")
+    pytest.importorskip("transformers", reason="torch or transformers is not installed")
+    from bitdelta.bench import model
+
+    model._near("PEFT row 2", torch.ones(3), torch.ones(3))
+    with pytest.raises(Error, match="PEFT row 2: logits 0.5 of their norm away"):
+        model._near("PEFT row 2", torch.ones(3), 2 * torch.ones(3))
+
+
 def test_calibration_is_timed_against_distillation(capsys):
     pytest.importorskip("transformers", reason="torch or transformers is not installed")
     assert main(["bench", "calibrate", "--quick", "--json"]) == 0

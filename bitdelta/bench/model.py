@@ -105,7 +105,9 @@ def check(root: Path, log: Log) -> None:
 
 
 def _check_lora(model: Any, prompt: torch.Tensor) -> None:
-    """Logits of gathered adapters against those of models whose weights have them added."""
+    """Logits of gathered adapters against those of models whose weights have them added; PEFT's of a mixed batch
+    against those of each adapter alone.
+    """
     adapted = twin(model)
     lora = LoraRows(adapted, len(prompt), RANKS[0])
     with lora.installed():
@@ -114,10 +116,19 @@ def _check_lora(model: Any, prompt: torch.Tensor) -> None:
         merged = deepcopy(model)
         for path, (a, b) in lora.pairs.items():
             merged.get_submodule(path).weight += b[row] @ a[row]
-        wanted = merged(prompt[row : row + 1]).logits[0]
-        distance = float((found[row] - wanted).norm() / wanted.norm())
-        if not distance <= LORA_TOLERANCE:
-            raise Error(f"LoRA row {row}: logits {distance:.2g} of their norm away from its merged model's")
+        _near(f"LoRA row {row}", found[row], merged(prompt[row : row + 1]).logits[0])
+    peft = _peft(twin(model), len(prompt))
+    if peft is not None:
+        found = peft.forward(prompt).logits
+        for row, name in enumerate(peft.names):
+            peft.model.set_adapter(name)
+            _near(f"PEFT row {row}", found[row], peft.model(prompt[row : row + 1]).logits[0])
+
+
+def _near(what: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
+    distance = float((found - wanted).norm() / wanted.norm())
+    if not distance <= LORA_TOLERANCE:
+        raise Error(f"{what}: logits {distance:.2g} of their norm away from those of the adapter alone")
 
 
 class Bench:
