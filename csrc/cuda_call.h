@@ -14,7 +14,6 @@
 
 typedef struct {
     bd_cuda_context ctx;
-    int before;        /* the thread's GPU */
     int is_in_place;   /* the first two tensors may be the same */
     char message[512]; /* of a launch that returned BD_ERR_CUDA; empty: bd_gpu_message() has it */
     int n_tensors, n_lent;
@@ -40,9 +39,9 @@ PyObject *cuda_run(PyObject *module, const cuda_function *function, PyObject *co
 /* 0, or -1 with DeviceError that says what is missing. */
 int cuda_require(void);
 
-/* The next argument, which the call holds to its end; NULL with an exception. Who asks for the bare tensor
- * checks it and sets call->memory; a matrix has rows of
- * contiguous columns; a block is compact, of one dtype and aligned to `alignment` bytes. */
+/* The next argument, which the call holds to its end; NULL with an exception. A matrix has rows of
+ * contiguous columns; a block is compact, of one dtype and aligned to `alignment` bytes; who asks for the
+ * bare tensor checks it and sets call->memory. */
 const tensor *cuda_tensor(module_state *state, cuda_call *call, PyObject *object, const char *name,
                           int mode);
 const bd_matrix *cuda_matrix(module_state *state, cuda_call *call, PyObject *object,
