@@ -48,9 +48,9 @@ class Size:
     key_value_heads: int = 2
 
 
-# small begins as transformers' LlamaConfig does: the inputs of its linears have most of their power in few directions
-# (directions.py), as those of larger models. wide is the same but for larger weights to begin with: its inputs have
-# more directions, which leaves fitting less to gain. bytes is small without merged words, and learns less.
+# small begins as transformers' LlamaConfig does: the inputs of its linears then have most of their power in few
+# directions (directions.py). wide is the same but for larger weights to begin with: its inputs have more directions,
+# which leaves fitting less to gain. bytes is small without merged words, and learns less.
 SIZES = {
     "small": Size(256, 768, 4, 1024, 128, 4, 400, 2e-3, 100, 1e-3, 16384, 4096, 0.02),
     "wide": Size(256, 768, 4, 1024, 128, 4, 400, 2e-3, 100, 1e-3, 16384, 4096, 256**-0.5),
