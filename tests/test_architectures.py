@@ -1,4 +1,4 @@
-"""Twenty-two architectures, tiny and random: every row of a mixed batch equals the merged model of its tenant."""
+"""Twenty-three architectures, tiny and random: every row of a mixed batch equals the merged model of its tenant."""
 
 import pytest
 import torch
@@ -75,6 +75,15 @@ ARCHITECTURES = {
         ),
         "SwitchTransformersForConditionalGeneration",
     ),
+    "nllb-moe": (
+        lambda: tf.NllbMoeConfig(
+            vocab_size=96, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=48, decoder_ffn_dim=48,
+            encoder_attention_heads=4, decoder_attention_heads=4, num_experts=4, encoder_sparse_step=2,
+            decoder_sparse_step=2, expert_capacity=64, max_position_embeddings=64, dropout=0.0, attention_dropout=0.0,
+            activation_dropout=0.0, decoder_start_token_id=2,
+        ),
+        "NllbMoeForConditionalGeneration",
+    ),
     "t5": (
         lambda: tf.T5Config(
             vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0, eos_token_id=2,
@@ -120,7 +129,7 @@ def inputs(name, rows):
             "input_features": torch.randn(rows, 8, 40, generator=generator),
             "decoder_input_ids": ids,
         }
-    if name in ("t5", "switch"):
+    if name in ("t5", "switch", "nllb-moe"):
         return {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
     return {"input_ids": ids}
 
