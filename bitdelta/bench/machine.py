@@ -42,7 +42,9 @@ def describe() -> dict[str, Any]:
 
 
 def lines(facts: dict[str, Any]) -> Iterator[str]:
-    yield f"{facts['cpu']} (family {facts['family']}, model {facts['model']}), {facts['cores']} cores, " + (
+    cores = f"{facts['cores']} core{'s' * (facts['cores'] != 1)}"
+    yield (
+        f"{facts['cpu']} (family {facts['family']}, model {facts['model']}), {cores}, "
         f"caches {facts['caches']}, {facts['memory_gb']} GB of memory"
     )
     yield f"instruction sets: {', '.join(facts['isas'])}; used: {facts['isa']}"
