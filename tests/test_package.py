@@ -113,6 +113,28 @@ def test_the_citation_is_of_this_version():
     assert f"version: {bitdelta.__version__}" in citation.splitlines()
 
 
+def test_the_ratios_to_the_original_recipe_in_readme_are_those_of_the_runs():
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    names = [
+        "sign(d), row least squares, distilled",
+        "fitted signs, row, no gradients",
+        "fitted, distilled, row",
+        "fitted, distilled, rank1",
+        "fitted, 2 planes, against 1",
+    ]
+    for column, size in ((2, "goals"), (4, "goals-wide")):
+        path = PACKAGE / "study" / "results" / f"{size}.json"
+        goals = json.loads(path.read_text(encoding="utf-8"))["goals"]
+        for name, goal in zip(names, goals[:5], strict=True):
+            (line,) = (line for line in readme.splitlines() if line.startswith(f"| {name} |"))
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            means = [goal["ratios"][text]["mean"] for text in ("code", "prose")]
+            assert cells[column] == " / ".join(f"{mean:.{3 if mean < 0.1 else 2}f}" for mean in means), name
+            limit, *verdicts = cells[5].replace(":", ",").split(", ")
+            verdict = "met" if goal["met"] else "missed"
+            assert (float(limit), verdicts[column // 2 - 1]) == (goal["limit"], verdict), name
+
+
 def test_the_figures_of_many_tenants_in_readme_are_those_of_the_run():
     readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
     report = json.loads((PACKAGE / "bench" / "results" / "model.json").read_text(encoding="utf-8"))
