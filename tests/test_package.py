@@ -151,3 +151,18 @@ def test_the_figures_of_many_tenants_in_readme_are_those_of_the_run():
             f"{row['bytes'] / 1e9:.2f}",
         )
         assert f"| {' | '.join(cells)} |" in readme, case
+
+
+def test_the_figures_of_one_linear_in_readme_are_those_of_the_run():
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    report = json.loads((PACKAGE / "bench" / "results" / "latency.json").read_text(encoding="utf-8"))
+    rows = {(row["kind"], row["rank"], row["size"], row["tenants"]): row["speed"] for row in report["rows"]}
+    for tenants in (1, 4, 16):
+        cells = [
+            " / ".join(
+                f"{rows[kind, rank, size, tenants]:.2f}"
+                for kind, rank in (("deltas", None), ("lora", 128), ("lora", 16))
+            )
+            for size in (1024, 2048, 4096, 8192)
+        ]
+        assert f"| {tenants} | {' | '.join(cells)} |" in readme
