@@ -13,7 +13,6 @@ its like.
 
 from __future__ import annotations
 
-import os
 import sys
 import weakref
 from collections.abc import Sequence
@@ -22,12 +21,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from . import _C, cublas
-from .array import Tensor, aligned_empty, dtype_name, empty_like, is_torch, to_float32
+from . import _C, cublas, cuda_memory
+from .array import Tensor, aligned_empty, dtype_name, is_torch, to_float32
 from .delta import FORMS, Delta, extract_sizes, extracted, matrix_shape
-from .errors import DeviceError
 
-_EMULATED = _C.cuda_is_emulated()
 MAX_PARTS = 4  # weights that share x in one launch, BD_CUDA_MAX_PARTS
 PANEL_BYTES = 16 << 20  # of an expanded weight: it is read again from the L2 cache (60 MB on an H200)
 
@@ -35,13 +32,6 @@ PANEL_BYTES = 16 << 20  # of an expanded weight: it is read again from the L2 ca
 _tables: dict[Any, tuple[Any, Any, list[weakref.ref[Any]]]] = {}
 Part: TypeAlias = tuple["Tensor | None", "Tensor | None", Any]  # weight, bias, deltas
 _copies: weakref.WeakKeyDictionary[Delta, dict[Any, tuple[Any, Any, Any]]] = weakref.WeakKeyDictionary()
-
-
-def is_on_gpu(tensor: Tensor) -> bool:
-    """Whether the functions here are those to call for this tensor."""
-    if _EMULATED:
-        return os.environ.get("BITDELTA_DEVICE") == "emulated"
-    return bool(getattr(tensor, "is_cuda", False)) and is_torch(tensor)
 
 
 @dataclass(frozen=True)
@@ -69,7 +59,7 @@ def plan(tenant_ids: Any, n_rows: int, n_deltas: int, like: Tensor) -> Plan:
         ValueError: M other than the number of ids, an id on the host out of range.
         DeviceError: no GPU, or another one.
     """
-    _require()
+    cuda_memory.require()
     if isinstance(tenant_ids, Plan):
         if (tenant_ids.n_rows, tenant_ids.n_deltas) != (n_rows, n_deltas):
             raise ValueError(
@@ -80,19 +70,19 @@ def plan(tenant_ids: Any, n_rows: int, n_deltas: int, like: Tensor) -> Plan:
     ids, max_rows = tenant_ids, n_rows
     if _is_host(tenant_ids):
         ids, max_rows = _checked_ids(tenant_ids, n_rows, n_deltas)
-        if not _EMULATED:
-            refuse_capture("tenant_ids: expected int64 on the GPU")
-            ids = _on_gpu_of(sys.modules["torch"].from_numpy(ids), like)
+        if not cuda_memory.EMULATED:
+            cuda_memory.refuse_capture("tenant_ids: expected int64 on the GPU")
+            ids = cuda_memory.on_gpu_of(sys.modules["torch"].from_numpy(ids), like)
     elif tuple(ids.shape) != (n_rows,):
         raise ValueError(f"tenant_ids: expected [M] = [{n_rows}], got {list(ids.shape)}")
-    memory = _scratch(like, _C.cuda_workspace_bytes("plan", n_rows, n_deltas))
+    memory = cuda_memory.scratch(like, _C.cuda_workspace_bytes("plan", n_rows, n_deltas))
     _C.cuda_plan(memory, ids, n_deltas)
     return Plan(memory, ids, n_rows, n_deltas, max_rows)
 
 
 def _is_host(tenant_ids: Any) -> bool:
     """Emulated, only sequences are the host's: all memory is."""
-    if _EMULATED:
+    if cuda_memory.EMULATED:
         return not (isinstance(tenant_ids, np.ndarray) or is_torch(tenant_ids))
     return not (is_torch(tenant_ids) and tenant_ids.is_cuda)
 
@@ -123,7 +113,7 @@ def table(deltas: Sequence[Any], like: Tensor, shape: tuple[int, int] | None = N
         TypeError, ValueError: what is no delta, or of another shape.
         DeviceError: scales on another device than `like`.
     """
-    _require()
+    cuda_memory.require()
     if isinstance(deltas, _C.CudaDeltas):
         return deltas
     slots = tuple(deltas) or (None,)
@@ -142,9 +132,9 @@ def table(deltas: Sequence[Any], like: Tensor, shape: tuple[int, int] | None = N
     if known is not None:
         _follow(known[1], like)
         return known[0]
-    refuse_capture("deltas: expected those of a call before")
+    cuda_memory.refuse_capture("deltas: expected those of a call before")
     parts = tuple(None if delta is None else _parts(delta, like) for delta in slots)
-    made = _C.CudaDeltas(_empty(like, (len(slots), 4), "int64"), parts, shape)
+    made = _C.CudaDeltas(cuda_memory.empty(like, (len(slots), 4), "int64"), parts, shape)
     if owners is not None:
 
         def drop(_: Any) -> None:
@@ -156,7 +146,7 @@ def table(deltas: Sequence[Any], like: Tensor, shape: tuple[int, int] | None = N
 
 def _mark(like: Tensor) -> Any:
     """The current stream of a GPU and an event on it, for what was just enqueued; None in the host's memory."""
-    if _EMULATED:
+    if cuda_memory.EMULATED:
         return None
     stream = sys.modules["torch"].cuda.current_stream(like.device)
     return stream, stream.record_event()
@@ -193,7 +183,7 @@ def _identity(slots: tuple[Any, ...], like: Tensor, shape: Any) -> tuple[Any, li
 def _parts(delta: Any, like: Tensor) -> tuple[Any, Any, Any]:
     """sign uint32, scale, column or None on the device of `like`."""
     if isinstance(delta, Delta):
-        if _EMULATED:
+        if cuda_memory.EMULATED:
             return delta.sign, delta.scale, delta.column
         torch, places = sys.modules["torch"], _copies.setdefault(delta, {})
         if like.device not in places:
@@ -260,7 +250,7 @@ def linear_parts(
     batch = tenant_ids
     for (weight, bias, deltas), out in zip(parts, given, strict=True):
         own = table(deltas, x, None if weight is None else (matrix_shape(weight, "weight")[0], K))
-        out = _empty(x, (M, own.shape[0]), dtype_name(x, "x")) if out is None else out
+        out = cuda_memory.empty(x, (M, own.shape[0]), dtype_name(x, "x")) if out is None else out
         product = None if weight is None or not M else _base_product(x, weight)
         found.append((out, product, bias, own))
         batch = plan(batch, M, len(own), x) if M else batch
@@ -287,13 +277,13 @@ def _merged(
     if len(present) and present[0] == -1:
         out = linear(x, weight, [], np.full(M, -1).tolist(), bias, out=out)
     elif out is None:
-        out = _empty(x, (M, N), dtype_name(x, "x"))
+        out = cuda_memory.empty(x, (M, N), dtype_name(x, "x"))
     step = max(16, PANEL_BYTES // (K * weight.element_size()) // 16 * 16)
     panel = torch.empty((min(step, N), K), dtype=weight.dtype, device=weight.device)
     for tenant in present[present >= 0]:
         rows = np.flatnonzero(ids == tenant)
-        at = None if len(rows) == M else _on_gpu_of(torch.from_numpy(rows), x)
-        own, y = (x, out) if at is None else (x[at], _empty(x, (len(rows), N), dtype_name(out)))
+        at = None if len(rows) == M else cuda_memory.on_gpu_of(torch.from_numpy(rows), x)
+        own, y = (x, out) if at is None else (x[at], cuda_memory.empty(x, (len(rows), N), dtype_name(out)))
         parts = _parts(deltas[tenant], x)
         for begin in range(0, N, step):
             part = panel[: min(step, N - begin)]
@@ -323,14 +313,14 @@ def _run_linear(x: Tensor, parts: list[Any], tenant_ids: Any, add: bool) -> None
     planes, has_columns = max(each.planes for each in tables), any(each.has_columns for each in tables)
     batch = plan(tenant_ids, M, len(tables[0]), x)
     n_bytes = _C.cuda_workspace_bytes("linear", M, K, batch.n_deltas, len(parts), planes, int(has_columns))
-    _C.cuda_linear(x, tuple(parts), batch.memory, batch.max_rows, add, _scratch(x, n_bytes))
+    _C.cuda_linear(x, tuple(parts), batch.memory, batch.max_rows, add, cuda_memory.scratch(x, n_bytes))
 
 
 def linear_transposed(dy: Tensor, deltas: Any, tenant_ids: Any, out: Tensor | None = None) -> Tensor:
     """As `bitdelta.linear_transposed`, on the GPU of dy."""
     M, _ = matrix_shape(dy, "dy", "[M, N]")
     found = table(deltas, dy)
-    out = _empty(dy, (M, found.shape[1]), dtype_name(dy, "dy")) if out is None else out
+    out = cuda_memory.empty(dy, (M, found.shape[1]), dtype_name(dy, "dy")) if out is None else out
     if M:
         batch, workspace = _for_gradient(dy, found, tenant_ids)
         _C.cuda_linear_transposed(dy, None, found, batch.memory, workspace, out, None)
@@ -349,9 +339,9 @@ def gradients(
     dy, x = _compact(dy), _compact(x)
     found = table(deltas, x)
     (M, K), T, P, N = x.shape, len(found), found.planes, found.shape[0]
-    g = _empty(x, (M, K), "float32") if wants_g else None
-    drow = _empty(x, (T, P, N), "float32") if wants_rows else None
-    dcolumn = _empty(x, (T, P, K), "float32") if wants_columns else None
+    g = cuda_memory.empty(x, (M, K), "float32") if wants_g else None
+    drow = cuda_memory.empty(x, (T, P, N), "float32") if wants_rows else None
+    dcolumn = cuda_memory.empty(x, (T, P, K), "float32") if wants_columns else None
     if not M:
         for sums in (drow, dcolumn):
             if sums is not None:
@@ -368,7 +358,9 @@ def gradients(
 def _for_gradient(dy: Tensor, found: _C.CudaDeltas, tenant_ids: Any) -> tuple[Plan, Tensor]:
     M, (N, K) = dy.shape[0], found.shape
     batch = plan(tenant_ids, M, len(found), dy)
-    return batch, _scratch(dy, _C.cuda_workspace_bytes("gradient", M, N, K, len(found), found.planes))
+    return batch, cuda_memory.scratch(
+        dy, _C.cuda_workspace_bytes("gradient", M, N, K, len(found), found.planes)
+    )
 
 
 def _compact(tensor: Tensor) -> Tensor:
@@ -385,16 +377,18 @@ def multiply(a: Tensor, b: Tensor, is_transposed: bool = False) -> Tensor:
     Raises:
         DeviceError: no GPU, no cuBLAS, or a stream that is captured before the first product.
     """
-    _require()
+    cuda_memory.require()
     cublas.open_first()
     if dtype_name(a, "a") != dtype_name(b, "b"):
         a, b = (each.detach().float() if is_torch(each) else to_float32(each) for each in (a, b))
     if is_torch(b) and b.stride(1) != 1 and b.stride(0) == 1:
         b, is_transposed = b.T, not is_transposed
     a, b = _rows(a), _rows(b)
-    out = _empty(a, (a.shape[0], b.shape[0] if is_transposed else b.shape[1]), "float32")
+    out = cuda_memory.empty(a, (a.shape[0], b.shape[0] if is_transposed else b.shape[1]), "float32")
     if a.shape[0]:
-        _C.cuda_multiply(out, a, b, is_transposed, _scratch(a, _C.cuda_workspace_bytes("multiply")))
+        _C.cuda_multiply(
+            out, a, b, is_transposed, cuda_memory.scratch(a, _C.cuda_workspace_bytes("multiply"))
+        )
     return out
 
 
@@ -418,20 +412,20 @@ def _base_product(x: Tensor, weight: Tensor) -> Tensor:
 
 def extract(base: Tensor, finetuned: Tensor, planes: int = 1, scale: str = "row") -> Delta:
     """As `bitdelta.extract`, on the GPU of base; the Delta's arrays are in the host's memory."""
-    _require()
+    cuda_memory.require()
     N, K, planes = extract_sizes(base, finetuned, planes, scale)
     form = FORMS.index(scale)
-    sign = _empty(base, (planes, -(-N // 16), 8 * -(-K // 256), 16), "uint32")
-    row = _empty(base, (planes,) if scale == "tensor" else (planes, N), "float32")
-    column = _empty(base, (planes, K), "float32") if scale == "rank1" else None
-    bad = _empty(base, (1,), "int64")
-    workspace = _scratch(base, _C.cuda_workspace_bytes("extract", N, K, form))
+    sign = cuda_memory.empty(base, (planes, -(-N // 16), 8 * -(-K // 256), 16), "uint32")
+    row = cuda_memory.empty(base, (planes,) if scale == "tensor" else (planes, N), "float32")
+    column = cuda_memory.empty(base, (planes, K), "float32") if scale == "rank1" else None
+    bad = cuda_memory.empty(base, (1,), "int64")
+    workspace = cuda_memory.scratch(base, _C.cuda_workspace_bytes("extract", N, K, form))
     _C.cuda_extract(base, finetuned, planes, form, sign, row, column, bad, workspace)
     _raise_bad(int(bad[0]), K)
     signs = aligned_empty(tuple(sign.shape), np.uint32)
-    signs[...] = _to_host(sign)
-    columns = None if column is None else _to_host(column)
-    return extracted(signs, _to_host(row), columns, (N, K), scale)
+    signs[...] = cuda_memory.to_host(sign)
+    columns = None if column is None else cuda_memory.to_host(column)
+    return extracted(signs, cuda_memory.to_host(row), columns, (N, K), scale)
 
 
 def _raise_bad(bad: int, K: int) -> None:
@@ -448,60 +442,6 @@ def _raise_bad(bad: int, K: int) -> None:
 
 def expand(delta: Any, base: Tensor | None, out: Tensor) -> Tensor:
     """round(base + the planes), as `Delta.expand`, on the GPU of out; out may be base itself."""
-    _require()
+    cuda_memory.require()
     _C.cuda_expand(out, base, *_parts(delta, out), delta.shape[0], 0)
     return out
-
-
-# memory
-
-
-def empty_as(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Uninitialised, of like's kind, dtype and device."""
-    return _empty(like, shape, dtype_name(like))
-
-
-def _on_gpu_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor of the host, from pinned memory: nothing waits."""
-    return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor
-
-
-def refuse_capture(expected: str) -> None:
-    """What is brought to the GPU in a captured graph would be read again, from wherever it was, at every replay."""
-    torch = sys.modules.get("torch")
-    if torch is not None and not _EMULATED and torch.cuda.is_current_stream_capturing():
-        raise DeviceError(f"{expected} while a stream is captured: run once before capturing")
-
-
-def _require() -> None:
-    missing = _C.cuda_missing()
-    if missing is not None:
-        raise DeviceError(missing)
-
-
-def _empty(like: Tensor, shape: tuple[int, ...], dtype: str) -> Tensor:
-    if is_torch(like):
-        torch = sys.modules["torch"]
-        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
-    if dtype == "bfloat16":
-        return empty_like(like, shape)
-    return aligned_empty(shape, dtype)
-
-
-def _scratch(like: Tensor, n_bytes: int) -> Tensor:
-    """uint8 [n_bytes], aligned to 256 bytes."""
-    if not is_torch(like):
-        return aligned_empty((n_bytes,), np.uint8, 256)
-    torch = sys.modules["torch"]
-    memory = torch.empty(n_bytes + (0 if like.is_cuda else 256), dtype=torch.uint8, device=like.device)
-    start = -memory.data_ptr() % 256
-    return memory[start : start + n_bytes]
-
-
-def _to_host(tensor: Tensor) -> Any:
-    if not is_torch(tensor):
-        return np.ascontiguousarray(tensor)
-    torch = sys.modules["torch"]
-    if tensor.dtype == torch.uint32:
-        return tensor.view(torch.int32).cpu().numpy().view(np.uint32)
-    return tensor.cpu().numpy()

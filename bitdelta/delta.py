@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _C, threads
+from . import _C, cuda_memory, threads
 from .array import Tensor, aligned_empty, empty_like
 from .errors import whole_number
 
@@ -89,10 +89,10 @@ class Delta:
         >>> bitdelta.extract(base, np.array([[2, 0]], np.float32)).expand(base)
         array([[2., 0.]], dtype=float32)
         """
-        from . import cuda  # which imports this module
+        if base is not None and cuda_memory.is_on_gpu(base):
+            from . import cuda  # which imports this module
 
-        if base is not None and cuda.is_on_gpu(base):
-            return cuda.expand(self, base, cuda.empty_as(base, self.shape) if out is None else out)
+            return cuda.expand(self, base, cuda_memory.empty_as(base, self.shape) if out is None else out)
         threads.sync()
         if out is None:
             out = np.empty(self.shape, np.float32) if base is None else empty_like(base, self.shape)
@@ -155,9 +155,9 @@ def extract(base: Tensor, finetuned: Tensor, planes: int = 1, scale: str = "row"
     >>> d.scale.tolist(), d.expand(base).tolist()
     ([[2.0], [1.0]], [[3.0, -1.0, 1.0, 1.0]])
     """
-    from . import cuda  # which imports this module
+    if cuda_memory.is_on_gpu(base):
+        from . import cuda  # which imports this module
 
-    if cuda.is_on_gpu(base):
         return cuda.extract(base, finetuned, planes, scale)
     return _extract(base, finetuned, planes, scale, False)[0]
 

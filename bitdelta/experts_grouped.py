@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from . import ops
 from .change import Change, Packed, Stack
-from .cuda import is_on_gpu
+from .cuda_memory import is_on_gpu
 
 T: TypeAlias = torch.Tensor
 

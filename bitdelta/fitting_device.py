@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _C, cuda, threads
+from . import _C, cuda_memory, threads
 from .array import aligned_empty
 from .delta import Delta
 
@@ -126,7 +126,7 @@ class Gpu(Host):
         return self._torch.from_numpy(array).to(self.device)
 
     def get(self, matrix: Matrix) -> np.ndarray:
-        return np.asarray(cuda._to_host(matrix))
+        return np.asarray(cuda_memory.to_host(matrix))
 
     def as_tensor(self, matrix: Matrix) -> Any:
         return matrix
@@ -184,7 +184,7 @@ class Gpu(Host):
     def fit_signs(self, d: Matrix, factor: Matrix | None, order: I64, scale: F32, column: F32 | None) -> Bits:
         shape = tuple(d.shape)
         sign = self._torch.empty((len(scale), *_strips(shape)), dtype=self._torch.uint32, device=self.device)
-        workspace = cuda._scratch(d, _C.cuda_workspace_bytes("fit", *shape))
+        workspace = cuda_memory.scratch(d, _C.cuda_workspace_bytes("fit", *shape))
         scales = self.put(scale), self._column(column)
         _C.cuda_fit_signs(d, factor, self.put(order), *scales, sign, workspace)
         return _aligned(self.get(sign))
@@ -207,7 +207,7 @@ def place(device: Any) -> Host:
 
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, got {device}")
-    return Gpu(device) if cuda.is_on_gpu(torch.empty(0, device=device)) else HOST
+    return Gpu(device) if cuda_memory.is_on_gpu(torch.empty(0, device=device)) else HOST
 
 
 def _strips(shape: tuple[int, int]) -> tuple[int, int, int]:

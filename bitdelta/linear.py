@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from . import _C, cuda
 from .array import BFloat16Array, Tensor, dtype_name, empty_like, is_torch
-from .cuda import is_on_gpu
+from .cuda_memory import is_on_gpu
 from .delta import Delta, matrix_shape
 from .threads import sync
 

@@ -22,7 +22,7 @@ from torch import nn
 from . import ops, siblings
 from .batch import Batch, Ids, Rows
 from .change import Change, LowRank, Packed
-from .cuda import is_on_gpu
+from .cuda_memory import is_on_gpu
 from .linear import STREAM_ROWS, linear
 from .wrapped import Wrapped
 

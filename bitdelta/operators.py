@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from . import _C, cuda, threads, torch_cuda
+from . import _C, cuda, cuda_memory, threads, torch_cuda
 from .linear import STREAM_ROWS
 from .torch_delta import handle_of, new_handle
 from .torch_panels import times, times_transposed
@@ -80,7 +80,7 @@ def _linear(
     precision: str = "fixed16",
     delta_in_dx: bool = True,
 ) -> T:
-    if cuda.is_on_gpu(x):
+    if cuda_memory.is_on_gpu(x):
         found = torch_cuda.deltas_of(signs, rows, _columns(columns, signs), x.shape[1])
         plain = None if weight is None else _plain(weight), None if bias is None else _plain(bias)
         return cuda.linear(as_rows(x), plain[0], found, tenant_ids, plain[1], precision)
@@ -135,7 +135,7 @@ def _linear_sum(
 
 
 def _linear_add(y: T, x: T, signs: list[T], rows: list[T], columns: list[T], tenant_ids: T) -> None:
-    if cuda.is_on_gpu(x):
+    if cuda_memory.is_on_gpu(x):
         found = torch_cuda.deltas_of(signs, rows, _columns(columns, signs), x.shape[1])
         cuda.linear_add(_plain(y), as_rows(x), found, tenant_ids)
         return
@@ -150,7 +150,7 @@ def run_linear_add(y: T, x: T, handles: list[_C.Delta], tenant_ids: Ids) -> None
 def _linear_transposed(
     dy: T, signs: list[T], rows: list[T], columns: list[T], tenant_ids: T, n_columns: int
 ) -> T:
-    if cuda.is_on_gpu(dy):
+    if cuda_memory.is_on_gpu(dy):
         found = torch_cuda.deltas_of(signs, rows, _columns(columns, signs), n_columns)
         return cuda.linear_transposed(as_rows(dy), found, tenant_ids)
     return run_linear_transposed(dy, _all_handles(signs, rows, columns, n_columns), tenant_ids, n_columns)
@@ -178,7 +178,7 @@ def _linear_backward(
     delta_in_dx: bool,
 ) -> tuple[T, list[T], list[T]]:
     some = _columns(columns, signs)
-    if cuda.is_on_gpu(x):
+    if cuda_memory.is_on_gpu(x):
         found = torch_cuda.deltas_of(signs, rows, some, x.shape[1])
         wants = wants_dx, wants_rows, wants_columns
         dx, drows, dcolumns = torch_cuda.linear_backward(

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import cuda
-from .cuda import is_on_gpu
+from . import cuda, cuda_memory
+from .cuda_memory import is_on_gpu
 from .delta import Delta
 from .operators import Ids, T, as_rows, run_linear, run_linear_add, run_linear_transposed
 from .torch_cuda import as_torch_on
@@ -197,7 +197,7 @@ def on_device(tensor: T, device: torch.device) -> T:
     """A tensor of the host on a device; a GPU copies it from pinned memory, so that nothing waits."""
     if device.type != "cuda":
         return tensor.to(device)
-    cuda.refuse_capture("rows of tenants: expected those of a call before")
+    cuda_memory.refuse_capture("rows of tenants: expected those of a call before")
     return tensor.pin_memory().to(device, non_blocking=True)
 
 

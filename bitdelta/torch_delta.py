@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from . import _C, cuda, threads
+from . import _C, cuda, cuda_memory, threads
 from .delta import Delta
 
 T: TypeAlias = torch.Tensor
@@ -64,7 +64,7 @@ class TorchDelta:
     def expand(self, base: T) -> T:
         """round(base + the planes summed in order in fp32), as `Delta.expand`; base [N, K] has contiguous rows."""
         out = torch.empty(self.shape, dtype=base.dtype, device=base.device)
-        if cuda.is_on_gpu(base):
+        if cuda_memory.is_on_gpu(base):
             return cuda.expand(self, base, out)
         threads.sync()
         _C.expand(out, base, self.handle, 0, self.shape[0])

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 
 from .change import Change
-from .cuda import refuse_capture
+from .cuda_memory import refuse_capture
 from .site import Site
 from .tenant import Tenant
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from bitdelta import cuda, linear_forward, ops, transfer
+from bitdelta import cuda_memory, linear_forward, ops, transfer
 
 CUDA, META = 1, 14  # c10::DeviceType
 GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # c10::impl::device_guard_impl_registry
@@ -72,7 +72,7 @@ def fake_gpus(monkeypatch):
         with gpus.mode:
             return original(load)
 
-    monkeypatch.setattr(cuda, "_EMULATED", False)
+    monkeypatch.setattr(cuda_memory, "EMULATED", False)
     monkeypatch.setattr(transfer.Load, "bring", bring)
     monkeypatch.setattr(transfer, "new_lane", gpus.lane)
     monkeypatch.setattr(ops, "on_device", gpus.put)  # fakes cannot be pinned

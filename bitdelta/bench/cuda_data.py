@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .. import _C, cuda
+from .. import _C, cuda, cuda_memory
 from .cuda_cases import DELTA, Problem, n_sets
 
 T: TypeAlias = torch.Tensor
@@ -105,7 +105,7 @@ class Batch:
             first += N
         tables = [part.table for part in self.parts]
         sizes = plan.n_rows, linear.K, plan.n_deltas, len(tables), problem.planes, int(problem.has_columns)
-        self.workspace = cuda._scratch(self.x, _C.cuda_workspace_bytes("linear", *sizes))
+        self.workspace = cuda_memory.scratch(self.x, _C.cuda_workspace_bytes("linear", *sizes))
         self._parts = tuple((part.out, None, None, part.table) for part in self.parts)
 
     def _part(self, N: int, begin: int, out: T) -> Part:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from .. import _C, cuda, ops
+from .. import _C, cuda, cuda_memory, ops
 from ..errors import Error
 from ..torch_delta import TorchDelta
 from . import cuda_cases, cuda_check, cuda_peers
@@ -196,7 +196,7 @@ def extraction_row(bench: Bench, N: int, K: int, dtype: Any) -> Row:
     )
     scale = torch.empty((1, N), dtype=torch.float32, device=bench.data.device)
     bad = torch.empty(1, dtype=torch.int64, device=bench.data.device)
-    workspace = cuda._scratch(scale, _C.cuda_workspace_bytes("extract", N, K, 1))
+    workspace = cuda_memory.scratch(scale, _C.cuda_workspace_bytes("extract", N, K, 1))
 
     def call(i: int) -> None:
         _C.cuda_extract(weights[2 * i], weights[2 * i + 1], 1, 1, sign, scale, None, bad, workspace)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch.nn import functional
 
-from .. import _C, cuda
+from .. import _C, cuda, cuda_memory
 from . import cuda as cuda_run
 from . import cuda_check, cuda_timing
 from .cuda_cases import MODEL, OURS, linears
@@ -179,7 +179,9 @@ class Mixed:
         ]
         self.head_tables = tenants.head.tables(count)
         most = max(K for _, K in base.shape.widths().values())
-        self.workspace = cuda._scratch(like, _C.cuda_workspace_bytes("linear", count, most, count, 3, 1, 0))
+        self.workspace = cuda_memory.scratch(
+            like, _C.cuda_workspace_bytes("linear", count, most, count, 3, 1, 0)
+        )
         self.places = torch.arange(count, device=like.device)
         self.bits = torch.arange(32, device=like.device)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bitdelta
-from bitdelta import _C, cuda
+from bitdelta import _C, cuda, cuda_memory
 from bitdelta.bench import cuda as bench_cuda
 from bitdelta.bench import (
     cuda_cases,
@@ -70,7 +70,7 @@ def test_extraction_passes_its_check(data):
     sign = torch.empty((1, 4, 16, 16), dtype=torch.int32, device=data.device).view(torch.uint32)
     scale = torch.empty((1, 64), dtype=torch.float32, device=data.device)
     bad = torch.empty(1, dtype=torch.int64, device=data.device)
-    workspace = cuda._scratch(scale, _C.cuda_workspace_bytes("extract", 64, 512, 1))
+    workspace = cuda_memory.scratch(scale, _C.cuda_workspace_bytes("extract", 64, 512, 1))
     _C.cuda_extract(base, finetuned, 1, 1, sign, scale, None, bad, workspace)
     assert int(bad[0]) == -1
     cuda_check.extraction(base, finetuned, sign, scale)

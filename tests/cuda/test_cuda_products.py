@@ -6,7 +6,7 @@ import torch
 from conftest import bits, pair, tensor
 
 import bitdelta
-from bitdelta import _C, cuda, ops
+from bitdelta import _C, cuda, cuda_memory, ops
 
 N, K = 40, 300
 
@@ -209,7 +209,7 @@ def test_bad_memory_is_named(gpu, rng):
     with pytest.raises(ValueError, match="deltas: expected K = 299 of x, got 300"):
         cuda.linear(gpu(torch.ones(3, 299)), None, deltas, [0, 1, 2])
     found = cuda.table(deltas, x)
-    memory = cuda._scratch(x, 4096)
+    memory = cuda_memory.scratch(x, 4096)
     with pytest.raises(BufferError, match="plan: expected memory aligned to 256 bytes"):
         _C.cuda_plan(memory[1:], gpu(torch.tensor([0])), 3)
     with pytest.raises(ValueError, match="plan: expected at least .* bytes, got 16"):
@@ -245,7 +245,7 @@ def test_sizes_beyond_the_kernels_are_refused(gpu):
 
 def test_while_a_stream_is_captured_nothing_is_brought_to_a_gpu(device, rng, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(cuda, "_EMULATED", False)
+    monkeypatch.setattr(cuda_memory, "EMULATED", False)
     x, (delta, *_) = torch.zeros(2, K), some_deltas(rng)
     with pytest.raises(
         bitdelta.DeviceError, match="deltas: expected those of a call before while a stream is captured"
