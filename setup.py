@@ -58,6 +58,8 @@ class Kernels:
             self.about = f"not built: {error}"
             if wish in ("1", "emulate"):
                 sys.exit(f"bitdelta: BITDELTA_CUDA={wish}, but cuda: {self.about}")
+            if isinstance(error, toolchain.SettingError):
+                sys.exit(f"bitdelta: {error}")
 
     def emulate(self):
         self.kind, self.about = 2, "emulated on the CPU, for tests"

@@ -3,7 +3,11 @@
 
 #if BITDELTA_CUDA_KIND
 
+#include <stdio.h>
+
 #include "cuda_call.h"
+
+#define LEAST_CAPABILITY 80 /* the oldest of kernels/toolchain.py's targets */
 
 int
 cuda_require(void)
@@ -177,6 +181,13 @@ launch(cuda_call *call, const cuda_function *function, void *job)
                                     &call->ctx.n_processors);
     if (status != BD_OK) {
         return status;
+    }
+    if (call->ctx.capability < LEAST_CAPABILITY) {
+        (void)snprintf(call->message, sizeof call->message,
+                       "GPU %d has compute capability %d.%d, the kernels need %d.%d or newer",
+                       call->tensors[0].device, call->ctx.capability / 10,
+                       call->ctx.capability % 10, LEAST_CAPABILITY / 10, LEAST_CAPABILITY % 10);
+        status = BD_ERR_CUDA;
     }
     while (status == BD_OK && call->n_lent < call->n_tensors) {
         const tensor *view = &call->tensors[call->n_lent];

@@ -50,6 +50,10 @@ class ToolError(Exception):
     """What is missing for a build with kernels, or what a compiler refused."""
 
 
+class SettingError(ToolError):
+    """A wish that was spoken and cannot be followed, so that a build without kernels is no answer."""
+
+
 def kernel_sources() -> list[str]:
     """The .cu files, the longest first, as those that are compiled side by side should start."""
     paths = sorted(KERNELS.glob("*.cu"), key=lambda path: -path.stat().st_size)
@@ -164,9 +168,12 @@ def wanted_archs(version: tuple[int, int]) -> tuple[str, ...]:
     for arch in archs:
         if arch.removesuffix("+PTX") not in TARGETS:
             known = ", ".join(["all", *TARGETS])
-            raise ToolError(f"BITDELTA_CUDA_ARCHS: expected {known}, or one of them with +PTX, got {arch!r}")
+            raise SettingError(
+                f"BITDELTA_CUDA_ARCHS: expected {known}, or one of them with +PTX, got {arch!r}"
+            )
         if arch.startswith(("100f", "120f")) and version < (12, 9):
-            raise ToolError(f"BITDELTA_CUDA_ARCHS: {arch} needs nvcc 12.9, this is {version[0]}.{version[1]}")
+            error, who = (SettingError, "BITDELTA_CUDA_ARCHS") if asked else (ToolError, "the visible GPU")
+            raise error(f"{who}: {arch} needs nvcc 12.9, this is {version[0]}.{version[1]}")
     return archs
 
 

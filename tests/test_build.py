@@ -1,5 +1,6 @@
 """The build: what the sdist holds, that it builds alone, what `python -m bitdelta` prints or asks for."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -134,6 +135,76 @@ def test_a_build_that_insists_on_cuda_says_what_is_missing(sdist, tmp_path, says
     last = done.stderr.splitlines()[-1]
     assert last.startswith("bitdelta: BITDELTA_CUDA=1, but cuda: not built: "), done.stderr
     assert reason in last
+
+
+@pytest.mark.parametrize("archs", ["90a 70", "100f"])
+def test_targets_that_were_asked_for_and_cannot_be_had_stop_any_build(sdist, tmp_path, archs):
+    nvcc = fake_nvcc(tmp_path, RELEASE.format("12.4"))
+    done = run("setup.py", "--version", cwd=sdist, BITDELTA_CUDA="", CUDACXX=nvcc, BITDELTA_CUDA_ARCHS=archs)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("bitdelta: BITDELTA_CUDA_ARCHS: ")
+
+
+@pytest.mark.parametrize(
+    "setting, about",
+    [("", "nvcc is 11.8; kernels need 12.0"), ("0", "BITDELTA_CUDA=0")],
+)
+def test_a_build_without_kernels_says_so_in_one_line(sdist, tmp_path, setting, about):
+    nvcc = fake_nvcc(tmp_path, RELEASE.format("11.8"))
+    command = "setup.py", "build_ext", "--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib"
+    done = run(
+        *command, cwd=sdist, BITDELTA_CUDA=setting, CUDACXX=nvcc, CC="false"
+    )  # the notice is all we want
+    assert [line for line in done.stderr.splitlines() if "cuda" in line and "error" not in line] == [
+        f"bitdelta: cuda: not built: {about}"
+    ]
+
+
+@pytest.fixture
+def toolchain(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "kernels"))
+    for name in ("BITDELTA_CUDA_ARCHS", "CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    return importlib.import_module("toolchain")
+
+
+def test_where_no_nvcc_is_the_places_are_named(toolchain, monkeypatch):
+    asked = []
+    monkeypatch.setenv("CUDA_HOME", "/opt/cuda")
+    monkeypatch.setattr(shutil, "which", asked.append)
+    with pytest.raises(toolchain.ToolError, match=r"nvcc was not found \(CUDACXX, CUDA_HOME, PATH"):
+        toolchain.find_nvcc()
+    assert asked == ["/opt/cuda/bin/nvcc", "nvcc", "/usr/local/cuda/bin/nvcc"]
+
+
+@pytest.mark.parametrize(
+    "shown, asked, targets",
+    [
+        (None, "", ("80", "90a", "90+PTX")),
+        ("9.0\n9.0\n", "", ("90a",)),
+        ("10.3\n8.0\n7.0\n", "", ("100f", "80")),
+        ("7.0\n", "", ("80", "90a", "90+PTX")),
+        ("9.0\n", "86, 120f", ("86", "120f")),
+        ("9.0\n", "all", ("80", "86", "89", "90a", "100f", "120f", "90+PTX")),
+    ],
+)
+def test_targets_are_those_asked_for_or_of_the_visible_gpus(
+    toolchain, monkeypatch, tmp_path, shown, asked, targets
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("BITDELTA_CUDA_ARCHS", asked)
+    if shown is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{shown}'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    assert toolchain.wanted_archs((13, 0)) == targets
+    assert {target.removesuffix("+PTX") for target in targets} <= set(toolchain.TARGETS)
+
+
+def test_a_visible_gpu_that_nvcc_does_not_know_is_no_wrong_setting(toolchain, monkeypatch):
+    monkeypatch.setattr(toolchain, "visible_archs", lambda: ("100f",))
+    with pytest.raises(toolchain.ToolError, match="the visible GPU: 100f needs nvcc 12.9") as caught:
+        toolchain.wanted_archs((12, 4))
+    assert not isinstance(caught.value, toolchain.SettingError)
 
 
 def test_a_build_with_an_unknown_kind_of_cuda_says_which_there_are(sdist):

@@ -378,6 +378,12 @@ run_sum(const int *in, int *parts, unsigned *counter, int *out, int n)
                      counter, out);
 }
 
+extern "C" int
+has_b1(int capability)
+{
+    return bd_gpu_has_b1(capability);
+}
+
 extern "C" bd_status
 run_nothing(int grid, int block, int shared_bytes, int n_barriers)
 {

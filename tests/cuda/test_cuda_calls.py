@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitdelta import _C
+from bitdelta import _C, DeviceError
 
 if not _C.cuda_is_emulated():
     pytest.skip("needs a build with BITDELTA_CUDA=emulate", allow_module_level=True)
@@ -123,6 +123,15 @@ def test_an_evicted_slot_and_ids_out_of_range_give_nan_rows():
     assert np.isnan(out).all()
     call("cuda_linear", plan=make_plan(), parts=((out, None, None, make_deltas()),))
     assert np.isfinite(out[:2]).all() and np.isnan(out[2]).all()
+
+
+@pytest.mark.parametrize("function", sorted({*LAUNCHES} - {"cuda_open_blas"}))
+def test_a_gpu_older_than_the_targets_is_refused(function, monkeypatch):
+    monkeypatch.setenv("BITDELTA_EMULATION_CAPABILITY", "75")
+    with pytest.raises(DeviceError, match="GPU 0 has compute capability 7.5, the kernels need 8.0 or newer"):
+        call(function)
+    monkeypatch.delenv("BITDELTA_EMULATION_CAPABILITY")
+    call(function)
 
 
 # ---- leaks and failing allocations ----

@@ -102,6 +102,23 @@ def test_a_wrong_fragment_register_changes_the_product(emulation, kind):
     assert not np.array_equal(C, plain_product(kind, A, B))
 
 
+def test_the_host_takes_b1_products_where_the_table_of_targets_has_them(emulation):
+    for capability, target in toolchain.OF_CAPABILITY.items():
+        has_b1 = emulation.library.has_b1(int(capability.replace(".", "")))
+        assert has_b1 == (toolchain.TARGETS[target] == "b1"), capability
+
+
+@pytest.mark.parametrize("call", ["atomicAdd(sum, 1)", "atomicMin(sum, 1)"])
+@pytest.mark.parametrize("kind", ["int", "float", "double"])
+def test_atomics_of_floats_whose_sums_have_no_order_do_not_compile(tmp_path, kind, call):
+    source = tmp_path / "atomic.cu"
+    source.write_text(f'#include "gpu.h"\n__global__ void add({kind} *sum) {{ {call}; }}\n')
+    command = toolchain.emulation_command(["c++"], source, tmp_path / "atomic.o")
+    done = subprocess.run([*command, "-Wno-unused-function"], capture_output=True, text=True)
+    assert (done.returncode == 0) == (kind == "int"), done.stderr
+    assert kind == "int" or "static assertion failed" in done.stderr
+
+
 @pytest.mark.parametrize("n, block", [(512, 64), (1023, 128), (97, 32), (5, 256)])
 def test_barriers_shuffles_ballots_atomics_and_copies(emulation, order, n, block):
     numbers = np.random.default_rng(n).integers(-1000, 1000, n, dtype=np.int32)
