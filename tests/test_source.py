@@ -16,6 +16,12 @@ ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 SOURCES = sorted(CSRC.glob("*.c"))
 HEADERS = sorted(CSRC.glob("*.h"))
+KERNELS = sorted(
+    path
+    for pattern in ("kernels/*.cu", "kernels/*.h", "csrc/*cuda*.[ch]")
+    for path in ROOT.glob(pattern)
+    if not path.name.startswith("emulation")
+)
 BORDER = {"cuda_call", "cuda_deltas", "module", "tensor", "tensor_check", "tensor_dlpack"}
 BORDER |= {"py_bytes", "py_calibrate", "py_cuda", "py_delta", "py_linear"}
 BORDER |= {"py_cuda_blas", "py_cuda_calibrate", "py_cuda_delta", "py_cuda_gradient", "py_cuda_linear"}
@@ -72,6 +78,13 @@ def test_nothing_forbidden_is_called(path):
     assert re.findall(forbidden, code(path)) == []
     assert "omp" not in re.findall(r"#\s*pragma\s+(\w+)", path.read_text(encoding="utf-8"))
     assert "PyErr_Print" not in code(path)
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_kernels_and_their_launchers_neither_allocate_nor_wait(path):
+    assert (
+        re.findall(r"\b(?:cuda|cu)\w*(?:Malloc|Alloc|Free|[a-z]Synchronize)\w*|\bmalloc\b", code(path)) == []
+    )
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if p.stem in BORDER], ids=lambda path: path.name)

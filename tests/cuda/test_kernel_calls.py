@@ -22,12 +22,16 @@ def test_pages_cover_memory_once(extents, expected):
     assert pages(extents) == expected
 
 
-def test_a_library_for_gpus_has_the_functions_and_says_where_no_gpu_is(tmp_path):
+def test_a_library_for_all_targets_has_the_functions_and_says_where_no_gpu_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("BITDELTA_CUDA_ARCHS", "all")
     try:
-        toolchain.find_nvcc()
+        archs = toolchain.wanted_archs(toolchain.nvcc_version(toolchain.find_nvcc()))
     except toolchain.ToolError as error:
         pytest.skip(str(error))
-    path = build_for_gpu(tmp_path, ("80",), ("plan.cu", "device.cu"))
+    path = build_for_gpu(tmp_path, archs, ("plan.cu", "device.cu"))
+    held = path.read_bytes()
+    for name in ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100f", "sm_120f", "compute_90"):
+        assert name.encode() in held, name
     library = ctypes.CDLL(str(path))
     for name in ("bd_cuda_plan", "bd_cuda_plan_bytes", "bd_gpu_enter", "test_pin", "test_unpin", "test_wait"):
         assert hasattr(library, name)
