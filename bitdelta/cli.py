@@ -35,7 +35,6 @@ from .cli_parts import (
 from .cli_plot import plot
 from .cli_study import study
 from .errors import Error
-from .threads import let_torch_sleep
 
 INTERRUPTED = 130  # 128 + SIGINT
 
@@ -310,7 +309,6 @@ def demo(
     debug: DEBUG = False,
 ) -> None:
     """Train a small base and three fine-tunes, compress them, and measure what is left."""
-    let_torch_sleep()  # on a machine that is shared, threads that spin wait for those that do not run
     from . import demo as demonstration
 
     chosen = demonstration.small() if small else (demonstration.Settings(), demonstration.Evaluation())
