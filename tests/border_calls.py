@@ -94,7 +94,7 @@ def call(function, **changes):
     return getattr(_C, function)(*(arguments[name] for name in ARGUMENTS[function]))
 
 
-def _read_only(array):
+def read_only(array):
     array.flags.writeable = False
     return array
 
@@ -183,7 +183,7 @@ def _wrong():
     yield "linear", "bias", ones(N, 1), ValueError, ["bias: expected [N] = [20], got [20, 1]"]
     yield "linear", "bias", ones(2 * N)[::2], BufferError, ["bias: expected rows of contiguous columns"]
     yield "linear", "bias", ones(N, dtype=np.int32), TypeError, ["bias: ", "got int32"]
-    yield "linear", "out", _read_only(ones(M, N)), BufferError, ["out: expected writable memory"]
+    yield "linear", "out", read_only(ones(M, N)), BufferError, ["out: expected writable memory"]
     yield "linear", "out", bytes(M * N), BufferError, ["out: expected writable memory", "bytes"]
     yield (
         "linear",
@@ -246,7 +246,7 @@ def _wrong():
     )
     yield "linear", "precision", 16, TypeError, ["precision: expected str, got int"]
     yield "linear_add", "y", ones(M, N)[:, ::2], BufferError, ["y: expected rows of contiguous columns"]
-    yield "linear_add", "y", _read_only(ones(M, N)), BufferError, ["y: expected writable memory"]
+    yield "linear_add", "y", read_only(ones(M, N)), BufferError, ["y: expected writable memory"]
     yield "linear_transposed", "dy", ones(M, N - 1), ValueError, ["deltas: expected shape [N, K] = [19, 40]"]
     yield "linear_transposed", "dy", ones(M, 0), ValueError, ["dy: expected N and K of at least 1"]
     yield (
@@ -331,7 +331,7 @@ def _wrong():
     yield (
         "extract",
         "sign",
-        _read_only(aligned((P, S, L, 16), np.uint32)),
+        read_only(aligned((P, S, L, 16), np.uint32)),
         BufferError,
         ["sign: expected writable"],
     )

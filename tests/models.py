@@ -1,5 +1,8 @@
 """Tiny random models of transformers and fine-tunes of them, for tests."""
 
+import json
+
+import safetensors.torch
 import torch
 import transformers
 
@@ -41,6 +44,23 @@ def make(root, config, cls=None, tenants=2, size=0.03, change=None, planes=1, se
         compress(root / "base", root / f"fine-{i}", root / f"delta-{i}", planes=planes)
         merge(root / "base", root / f"delta-{i}", root / f"merged-{i}")
     return root
+
+
+def longer(model, i):
+    """A `change` of `make`: tenant 1 has three tokens more."""
+    if i == 1:
+        with torch.random.fork_rng():
+            torch.manual_seed(i)
+            model.resize_token_embeddings(99, mean_resizing=False)
+    return model
+
+
+def write_adapter(folder, tensors, **about):
+    """A LoRA folder of rank 4 as PEFT writes it."""
+    folder.mkdir()
+    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **about}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def merged(root, i, cls=transformers.AutoModelForCausalLM):

@@ -134,14 +134,20 @@ def inputs(name, rows):
     return {"input_ids": ids}
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_rows_of_several_tenants_equal_their_merged_models(name, tmp_path):
+def load(name, folder):
+    """A DeltaModel of the architecture with two tenants, t0 and t1, and its class."""
     config, cls = ARCHITECTURES[name]
     cls = getattr(tf, cls)
-    make(tmp_path, config(), cls)
-    model = DeltaModel.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    make(folder, config(), cls)
+    model = DeltaModel.from_pretrained(folder / "base", dtype=torch.float32)
     for i in range(2):
-        model.load_delta(f"t{i}", tmp_path / f"delta-{i}")
+        model.load_delta(f"t{i}", folder / f"delta-{i}")
+    return model, cls
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_rows_of_several_tenants_equal_their_merged_models(name, tmp_path):
+    model, cls = load(name, tmp_path)
     batch = inputs(name, len(WHO))
     plain = {i: merged(tmp_path, i, cls) for i in (None, 0, 1)}
     with torch.no_grad():
@@ -168,12 +174,7 @@ def test_rows_of_several_tenants_equal_their_merged_models(name, tmp_path):
     "name", ["opt", "llama4", "t5", "whisper"]
 )  # each cut, or run in two parts, in its own way
 def test_several_beams_of_padded_rows_are_those_of_each_row_alone(name, tmp_path):
-    config, cls = ARCHITECTURES[name]
-    cls = getattr(tf, cls)
-    make(tmp_path, config(), cls)
-    model = DeltaModel.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    for i in range(2):
-        model.load_delta(f"t{i}", tmp_path / f"delta-{i}")
+    model, cls = load(name, tmp_path)
     batch = {key: value for key, value in inputs(name, len(WHO)).items() if not key.startswith("decoder")}
     if name != "whisper":
         padding = torch.arange(6) < torch.arange(len(WHO))[:, None]

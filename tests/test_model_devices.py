@@ -1,13 +1,10 @@
 """DeltaModel where its modules are: on one GPU or several (fake ones), or off the GPU; and graphs of the operators."""
 
-import json
-
 import pytest
-import safetensors.torch
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from fake_gpus import fake_gpus
-from models import llama_config, make, merged
+from models import llama_config, longer, make, merged, write_adapter
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import MixtralConfig, MixtralForCausalLM, StaticCache
@@ -22,14 +19,7 @@ NAMES = ["t0", None, "lora", "t1"]
 def llama(tmp_path_factory):
     """Tenant 1 has three tokens more; lora adapts queries, an up projection and the embeddings."""
 
-    def change(model, i):
-        if i == 1:
-            with torch.random.fork_rng():
-                torch.manual_seed(i)
-                model.resize_token_embeddings(99, mean_resizing=False)
-        return model
-
-    root = make(tmp_path_factory.mktemp("llama"), llama_config(), change=change)
+    root = make(tmp_path_factory.mktemp("llama"), llama_config(), change=longer)
     generator = torch.Generator().manual_seed(5)
     tensors = {}
     for path, n, k in (("layers.0.self_attn.q_proj", 32, 32), ("layers.1.mlp.up_proj", 64, 32)):
@@ -37,11 +27,7 @@ def llama(tmp_path_factory):
         tensors[f"base_model.model.model.{path}.lora_B.weight"] = torch.randn(n, 4, generator=generator)
     table = "base_model.model.model.embed_tokens.lora_embedding"
     tensors |= {f"{table}_A": torch.randn(4, 96), f"{table}_B": torch.randn(32, 4)}
-    (root / "lora").mkdir()
-    safetensors.torch.save_file(tensors, root / "lora" / "adapter_model.safetensors")
-    (root / "lora" / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8})
-    )
+    write_adapter(root / "lora", tensors)
     return root
 
 

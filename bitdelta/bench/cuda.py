@@ -208,14 +208,7 @@ class Bench:
         """One row of the report: calls in a graph, and eager."""
         sample, alone = self.samples(calls)
         return {
-            "kind": problem.kind,
-            "model": problem.model,
-            "linear": problem.name,
-            "tenants": problem.tenants,
-            "rows": problem.rows,
-            "mix": problem.mix,
-            "planes": problem.planes,
-            "columns": problem.has_columns,
+            **problem.about,
             "bits_bytes": problem.tenants * problem.planes * problem.linear.bits_bytes,
             "by": by,
             "sets": len(calls),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 MIN_SETS, MIN_BYTES = 3, 400_000_000  # buffers that calls go through in turn: no cache holds them
 MAX_SETS = 256
@@ -76,6 +77,20 @@ class Problem:
     planes: int = 1
     has_columns: bool = False
     peers: bool = False
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a row of the report says of it."""
+        return {
+            "kind": self.kind,
+            "model": self.model,
+            "linear": self.name,
+            "tenants": self.tenants,
+            "rows": self.rows,
+            "mix": self.mix,
+            "planes": self.planes,
+            "columns": self.has_columns,
+        }
 
     @property
     def linear(self) -> Linear:

@@ -275,14 +275,4 @@ def case_of(row: Row) -> str:
 
 def name_of(problem: Problem) -> str:
     """A problem in a few words."""
-    row = {
-        "kind": problem.kind,
-        "model": problem.model,
-        "linear": problem.name,
-        "tenants": problem.tenants,
-        "rows": problem.rows,
-        "mix": problem.mix,
-        "planes": problem.planes,
-        "columns": problem.has_columns,
-    }
-    return f"{problem.kind}, {case_of(row)}"
+    return f"{problem.kind}, {case_of(problem.about)}"

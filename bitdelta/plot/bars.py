@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .curves import Report, rows_of
-from .style import COLOURS, axes, finish, line_style, plain_log
+from .style import COLOURS, axes, finish, line_style, plain_log, write_value
 
 SHADES = ("#22456b", "#5a83ad", "#9db8d6", "#d9e4f0")  # told apart in grey
 PARTS = {
@@ -50,14 +50,7 @@ def rates(report: Report, ax: Any = None) -> Any:
             edgecolor=COLOURS[0],
             hatch="///" * is_limit,
         )
-        ax.annotate(
-            f"{rate / 1e9:.3g}",
-            (rate / 1e9, i),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize="small",
-        )
+        write_value(ax, rate / 1e9, rate / 1e9, i)
     ax.set_yticks(range(len(bars)), [name for name, _, _ in bars])
     ax.invert_yaxis()
     ax.set_xlim(0, 1.12 * max(rate for _, rate, _ in bars) / 1e9)
@@ -115,14 +108,7 @@ def fitting(report: Report, ax: Any = None) -> Any:
             label=steps,
         )
         for y, seconds in ((i - 0.2, row["seconds"]), (i + 0.2, row["distillation_seconds"])):
-            ax.annotate(
-                f"{seconds:.3g}",
-                (seconds, y),
-                (4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize="small",
-            )
+            write_value(ax, seconds, seconds, y)
     ax.set_yticks(range(len(rows)), [row["case"] for row in rows])
     ax.invert_yaxis()
     ax.set_xlim(0, 1.15 * max(max(row["seconds"], row["distillation_seconds"]) for row in rows))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .style import COLOURS, axes, finish, line_style, plain_log, whole_ticks
+from .style import COLOURS, axes, finish, line_style, plain_log, whole_ticks, write_value
 
 Report = Mapping[str, Any]
 METRICS = {  # of a study's row: label with its unit, factor
@@ -103,14 +103,7 @@ def _bars(
         else:
             hatch = "///" if is_reference else ""
             ax.barh(i, mean, xerr=spread, capsize=2, color="#9db8d6", edgecolor=COLOURS[0], hatch=hatch)
-        ax.annotate(
-            f"{mean:.3g}",
-            (mean + spread, i),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize="small",
-        )
+        write_value(ax, mean, mean + spread, i)
     ax.set_yticks(range(len(shown)), [row["label"] for row in shown])
     ax.invert_yaxis()
     if is_log:

@@ -68,6 +68,11 @@ def finish(ax: Any, x: str, y: str, title: str, legend: bool = True) -> Any:
     return ax
 
 
+def write_value(ax: Any, value: float, x: float, y: float) -> None:
+    """Three digits, beside the mark that ends at (x, y)."""
+    ax.annotate(f"{value:.3g}", (x, y), (4, 0), textcoords="offset points", va="center", fontsize="small")
+
+
 def whole_ticks(ax: Any, values: list[int], labels: list[str] | None = None) -> None:
     """A tick at each of these x, and none between."""
     ax.set_xticks(values, labels or [str(value) for value in values])

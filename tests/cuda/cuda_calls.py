@@ -4,6 +4,7 @@ Of the emulated build, where memory is NumPy's. M = 3 rows, N = 20, K = 40, P = 
 """
 
 import numpy as np
+from border_calls import ones, read_only
 from dlpack_producer import CUDA, READ_ONLY, Producer, aligned
 
 from bitdelta import _C, cublas
@@ -30,10 +31,6 @@ ARGUMENTS = {
     "cuda_fit_signs": ("d", "factor", "order", "row", "column", "sign", "workspace"),
     "cuda_sweep": ("pull", "hessian", "row", "column", "sign"),
 }  # fmt: skip
-
-
-def ones(*shape, dtype=np.float32):
-    return np.ones(shape, dtype)
 
 
 def scratch(operation, *sizes):
@@ -148,11 +145,6 @@ def call(function, **changes):
     return getattr(_C, function)(*(arguments[name] for name in ARGUMENTS[function]))
 
 
-def _read_only(array):
-    array.flags.writeable = False
-    return array
-
-
 def _wrong():
     """function, argument, value, exception, words that its text must have."""
     yield from _wrong_memory()
@@ -199,7 +191,7 @@ def _wrong_memory():
     ):
         yield "cuda_quantize", "x", value, exception, words
     q = aligned((M, 256), np.int16)
-    yield "cuda_quantize", "q", _read_only(q.copy()), BufferError, ["q: expected writable memory"]
+    yield "cuda_quantize", "q", read_only(q.copy()), BufferError, ["q: expected writable memory"]
     yield "cuda_quantize", "q", Producer(q, flags=READ_ONLY), BufferError, ["q: expected writable memory"]
     yield (
         "cuda_quantize",
@@ -265,7 +257,7 @@ def _wrong_products():
         ((make_part(deltas=None),), TypeError, ["deltas: expected bitdelta._C.CudaDeltas, got NoneType"]),
         ((make_part(deltas=make_deltas(k=41)),), ValueError, ["deltas: expected K = 40 of x, got 41"]),
         ((make_part(out=ones(M, N + 1)),), ValueError, ["out: expected [M, N] = [3, 20], got [3, 21]"]),
-        ((make_part(out=_read_only(ones(M, N))),), BufferError, ["out: expected writable memory"]),
+        ((make_part(out=read_only(ones(M, N))),), BufferError, ["out: expected writable memory"]),
         ((make_part(out=both, product=both),), BufferError, ["out: expected memory of its own", "product"]),
         ((make_part(product=ones(M, N, dtype=np.float16)),), TypeError, ["product: expected float32"]),
         ((make_part(product=ones(M, 2 * N)[:, ::2]),), BufferError, ["product: expected rows of contiguous"]),
@@ -343,7 +335,7 @@ def _wrong_deltas():
         ValueError,
         ["table: expected [T, 4] = [2, 4], got [2, 3]"],
     )
-    yield "CudaDeltas", "table", _read_only(np.zeros((T, 4), int)), BufferError, ["table: expected writable"]
+    yield "CudaDeltas", "table", read_only(np.zeros((T, 4), int)), BufferError, ["table: expected writable"]
     yield "CudaDeltas", "shape", (0, K), ValueError, ["shape: expected 1 .. 1048576, got 0"]
     yield "CudaDeltas", "shape", (N, 2**31), ValueError, ["shape: expected 1 .. 1048576, got 2147483648"]
     yield "CudaDeltas", "shape", (N,), TypeError, ["CudaDeltas"]
@@ -395,7 +387,7 @@ def _wrong_fits():
     yield "cuda_fit_signs", "d", many, ValueError, ["d: expected N and K below 2^31, got 2147483648 and 40"]
     yield "cuda_sweep", "pull", many, ValueError, ["pull: expected N and K below 2^31, got 2147483648 and 40"]
     yield "cuda_sweep", "pull", ones(N, 2 * K)[:, ::2], BufferError, ["pull: expected contiguous memory"]
-    yield "cuda_sweep", "pull", _read_only(ones(N, K)), BufferError, ["pull: expected writable memory"]
+    yield "cuda_sweep", "pull", read_only(ones(N, K)), BufferError, ["pull: expected writable memory"]
     yield "cuda_sweep", "hessian", ones(K + 1), ValueError, ["hessian: expected [K] = [40], got [41]"]
     yield "cuda_sweep", "hessian", ones(K, K + 1), ValueError, ["hessian: expected [K, K] = [40, 40]"]
     yield "cuda_sweep", "hessian", ones(1, K, K), ValueError, ["hessian: expected [K, K] = [40, 40]"]

@@ -1,14 +1,11 @@
 """DeltaModel on a GPU: the rows of the CPU's, one launch for linears of the same input, tenants as LoRA and whole."""
 
-import json
-
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 import transformers
 from conftest import pair
-from models import llama_config, make, merged
+from models import llama_config, longer, make, merged, write_adapter
 from torch import nn
 
 import bitdelta
@@ -34,10 +31,7 @@ def adapter(folder):
         path = f"base_model.model.model.layers.{layer}.{part}"
         tensors[f"{path}.lora_A.weight"] = torch.randn(4, k, generator=generator)
         tensors[f"{path}.lora_B.weight"] = 0.1 * torch.randn(n, 4, generator=generator)
-    folder.mkdir()
-    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    write_adapter(folder, tensors, target_modules=["q_proj", "down_proj"])
     return folder
 
 
@@ -45,14 +39,7 @@ def adapter(folder):
 def llama(tmp_path_factory):
     """One layer; tenant 1 has two planes, and three tokens more."""
 
-    def change(model, i):
-        if i == 1:
-            with torch.random.fork_rng():
-                torch.manual_seed(i)
-                model.resize_token_embeddings(99, mean_resizing=False)
-        return model
-
-    root = make(tmp_path_factory.mktemp("llama"), llama_config(num_hidden_layers=1), change=change)
+    root = make(tmp_path_factory.mktemp("llama"), llama_config(num_hidden_layers=1), change=longer)
     bitdelta.compress(root / "base", root / "fine-1", root / "two", planes=2, scale="rank1")
     adapter(root / "lora")
     return root
