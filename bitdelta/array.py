@@ -199,6 +199,13 @@ def aligned_empty(shape: Sequence[int], dtype: DTypeLike, alignment: int = 64) -
     return raw[start:][:n_bytes].view(kind).reshape(shape)
 
 
+def aligned_copy(array: NDArray[Any]) -> NDArray[Any]:
+    """The same elements, C-contiguous, as `aligned_empty` places them."""
+    out = aligned_empty(array.shape, array.dtype)
+    out[...] = array
+    return out
+
+
 def empty_like(array: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An uninitialised array of the same kind and dtype and of this shape.
 

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from . import _C, cublas, cuda_memory
-from .array import Tensor, aligned_empty, dtype_name, is_torch, to_float32
+from .array import Tensor, aligned_copy, dtype_name, is_torch, to_float32
 from .delta import FORMS, Delta, extract_sizes, extracted, matrix_shape
 
 MAX_PARTS = 4  # weights that share x in one launch, BD_CUDA_MAX_PARTS
@@ -422,8 +422,7 @@ def extract(base: Tensor, finetuned: Tensor, planes: int = 1, scale: str = "row"
     workspace = cuda_memory.scratch(base, _C.cuda_workspace_bytes("extract", N, K, form))
     _C.cuda_extract(base, finetuned, planes, form, sign, row, column, bad, workspace)
     _raise_bad(int(bad[0]), K)
-    signs = aligned_empty(tuple(sign.shape), np.uint32)
-    signs[...] = cuda_memory.to_host(sign)
+    signs = aligned_copy(cuda_memory.to_host(sign))
     columns = None if column is None else cuda_memory.to_host(column)
     return extracted(signs, cuda_memory.to_host(row), columns, (N, K), scale)
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _C, cuda_memory, threads
-from .array import Tensor, aligned_empty, empty_like
+from .array import Tensor, aligned_copy, aligned_empty, empty_like
 from .errors import whole_number
 
 FORMS = ("tensor", "row", "rank1")
@@ -123,9 +123,7 @@ class Delta:
 
 def _restore(sign: Any, scale: Any, column: Any, shape: Any, form: str) -> Delta:
     """After pickling or copying, which keep no alignment."""
-    aligned = aligned_empty(sign.shape, sign.dtype)
-    aligned[...] = sign
-    return Delta(aligned, scale, column, shape, form)
+    return Delta(aligned_copy(sign), scale, column, shape, form)
 
 
 def extract(base: Tensor, finetuned: Tensor, planes: int = 1, scale: str = "row") -> Delta:

@@ -21,10 +21,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .array import Tensor, aligned_empty, to_float32
+from .array import Tensor, aligned_copy, aligned_empty, to_float32
 from .delta import Delta, extract
 from .fitting_device import HOST, Bits, Host, Matrix
-from .fitting_rows import Rows, copy, expand_rows, solve
+from .fitting_rows import Rows, expand_rows, solve
 from .inputs import F32, Inputs, add_to_diagonal
 from .reference import pack
 
@@ -141,10 +141,10 @@ class _Fit:
 
     def sweep(self) -> None:
         """Every column in turn moves to the level nearest to q + G / H[k, k], G = left H, which lowers the error."""
-        sign = copy(self.sign)
+        sign = aligned_copy(self.sign)
         for rows in self._parts():
             strips = slice(rows.start // 16, -(-rows.stop // 16))
-            part, pull = copy(sign[:, strips]), self.inputs.weigh(self._left(rows))
+            part, pull = aligned_copy(sign[:, strips]), self.inputs.weigh(self._left(rows))
             row = np.ascontiguousarray(self.row[:, rows])
             self.on.sweep(pull, self.inputs.damped, row, self.column, part)
             sign[:, strips] = part
@@ -210,7 +210,7 @@ class _Fit:
         """Scales are never negative: the signs of such rows and columns turn over instead."""
         if not (rows.any() and columns.any()):
             return
-        sign = copy(self.sign)
+        sign = aligned_copy(self.sign)
         sign[p] ^= pack(rows[:, None] & columns)
         self.sign = sign
 
@@ -235,7 +235,7 @@ def turn(sign: Bits, shape: tuple[int, int]) -> Bits:
         pack(expand_rows(Delta(sign[p : p + 1], ones, None, shape), slice(0, shape[0])).T > 0)
         for p in range(len(sign))
     ]
-    return copy(np.stack(planes))
+    return aligned_copy(np.stack(planes))
 
 
 def output_errors(

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _C, cuda_memory, threads
-from .array import aligned_empty
+from .array import aligned_copy, aligned_empty
 from .delta import Delta
 
 F32 = NDArray[np.float32]
@@ -177,7 +177,7 @@ class Gpu(Host):
         strips = slice(rows.start // 16, -(-rows.stop // 16))
         n_rows = rows.stop - rows.start
         out = self._torch.empty(n_rows, shape[1], device=self.device)
-        parts = self.put(_aligned(sign[:, strips])), self.put(scale[:, rows])
+        parts = self.put(aligned_copy(sign[:, strips])), self.put(scale[:, rows])
         _C.cuda_expand(out, None, *parts, self._column(column), n_rows, 0)
         return out
 
@@ -187,10 +187,10 @@ class Gpu(Host):
         workspace = cuda_memory.scratch(d, _C.cuda_workspace_bytes("fit", *shape))
         scales = self.put(scale), self._column(column)
         _C.cuda_fit_signs(d, factor, self.put(order), *scales, sign, workspace)
-        return _aligned(self.get(sign))
+        return aligned_copy(self.get(sign))
 
     def sweep(self, pull: Matrix, hessian: Matrix, scale: F32, column: F32 | None, sign: Bits) -> None:
-        placed = self.put(_aligned(sign))
+        placed = self.put(aligned_copy(sign))
         _C.cuda_sweep(pull, hessian, self.put(scale), self._column(column), placed)
         sign[...] = self.get(placed)
 
@@ -212,13 +212,6 @@ def place(device: Any) -> Host:
 
 def _strips(shape: tuple[int, int]) -> tuple[int, int, int]:
     return -(-shape[0] // 16), 8 * -(-shape[1] // 256), 16
-
-
-def _aligned(sign: Bits) -> Bits:
-    """A copy, as kernels and the core take it."""
-    out: Bits = aligned_empty(sign.shape, np.uint32)
-    out[...] = sign
-    return out
 
 
 def _factorise(matrix: F32) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .array import aligned_empty
+from .array import aligned_copy
 from .delta import Delta
 from .fitting_device import F32, F64, HOST, Bits, Matrix
 from .inputs import Inputs
@@ -27,12 +27,12 @@ class Rows:
         self.inputs, self.on = inputs, inputs.device
         self.d = self.on.put(d)
         self.shape = d.shape
-        self.sign, self.scale = copy(sign), scale
+        self.sign, self.scale = aligned_copy(sign), scale
         self.target = inputs.weigh(self.d)
         self.products: list[Matrix] | None = None
         self.pull = self.target
         self.least = np.full(len(d), np.inf)
-        self.best_sign, self.best_scale = copy(sign), scale.copy()
+        self.best_sign, self.best_scale = aligned_copy(sign), scale.copy()
         self.best_pull = self.on.zeros(*d.shape)
 
     def fit(self, rounds: int, sweeps: int, fit: str) -> None:
@@ -57,14 +57,14 @@ class Rows:
 
     def sweep(self) -> bool:
         """Every column in turn moves to the level that lowers the error most; whether any did."""
-        before = copy(self.sign)
+        before = aligned_copy(self.sign)
         self.on.sweep(self.pull, self.inputs.damped, self.scale, None, self.sign)
         self.products = self._from_pull()
         return not np.array_equal(before, self.sign)
 
     def go_back(self) -> None:
         """To where each row's error was the least."""
-        self.sign, self.scale = copy(self.best_sign), self.best_scale.copy()
+        self.sign, self.scale = aligned_copy(self.best_sign), self.best_scale.copy()
         self.pull = self.on.copy(self.best_pull)
         self.products = self._from_pull()
 
@@ -136,10 +136,4 @@ def solve(left: F64, right: F64) -> F64:
 def expand_rows(delta: Delta, rows: slice) -> F32:
     """The delta alone, fp32 [rows, K]."""
     out: F32 = HOST.expand(delta.sign, delta.scale, delta.column, delta.shape, rows)
-    return out
-
-
-def copy(sign: Bits) -> Bits:
-    out: Bits = aligned_empty(sign.shape, np.uint32)
-    out[...] = sign
     return out

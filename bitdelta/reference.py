@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .array import Tensor, aligned_empty, dtype_name, from_float32, to_float32
+from .array import Tensor, aligned_copy, aligned_empty, dtype_name, from_float32, to_float32
 from .delta import Delta
 
 F32 = NDArray[np.float32]
@@ -56,9 +56,7 @@ def pack(signs: NDArray[np.bool_]) -> NDArray[np.uint32]:
     padded[:n_rows, :n_columns] = signs
     words = np.packbits(padded, axis=1, bitorder="little").view("<u4")  # [16 S, L]
     strips = words.reshape(padded.shape[0] // 16, 16, padded.shape[1] // 32)
-    out: NDArray[np.uint32] = aligned_empty((strips.shape[0], strips.shape[2], 16), np.uint32)
-    out[...] = strips.transpose(0, 2, 1)
-    return out
+    return aligned_copy(strips.transpose(0, 2, 1))
 
 
 def unpack(sign_plane: NDArray[np.uint32], N: int, K: int) -> NDArray[np.bool_]:

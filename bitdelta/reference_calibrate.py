@@ -15,7 +15,7 @@ import itertools
 import numpy as np
 from numpy.typing import NDArray
 
-from .array import aligned_empty
+from .array import aligned_copy
 from .reference import F32, pack, unpack
 
 Bools = NDArray[np.bool_]
@@ -94,6 +94,4 @@ def _nearest(steps: F32, r: F32) -> tuple[F32, Bools]:
 
 def _packed(is_positive: Bools) -> NDArray[np.uint32]:
     planes = [pack(plane) for plane in is_positive]
-    sign: NDArray[np.uint32] = aligned_empty((len(planes), *planes[0].shape), np.uint32)
-    sign[...] = np.stack(planes)
-    return sign
+    return aligned_copy(np.stack(planes))

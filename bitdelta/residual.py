@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .array import aligned_empty, to_float32
+from .array import aligned_copy, aligned_empty, to_float32
 from .delta import Delta
 
 STRIP_ROWS = 16
@@ -66,9 +66,7 @@ def squared_errors(base: np.ndarray, finetuned: np.ndarray, delta: Delta) -> Sum
     step = max(1, ELEMENTS // (STRIP_ROWS * delta.shape[1]))
     for begin in range(0, delta.sign.shape[1], step):
         rows = slice(STRIP_ROWS * begin, min(STRIP_ROWS * (begin + step), delta.shape[0]))
-        signs = delta.sign[:, begin : begin + step]
-        sign = aligned_empty(signs.shape, np.uint32)
-        sign[...] = signs
+        sign = aligned_copy(delta.sign[:, begin : begin + step])
         scale = np.ascontiguousarray(delta.scale[:, rows])
         part = Delta(sign, scale, delta.column, (scale.shape[1], delta.shape[1]), delta.form)
         sums = _sums(base[rows], finetuned[rows], part)

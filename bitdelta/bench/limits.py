@@ -7,7 +7,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from ..threads import set_num_threads
 from . import machine
 from .data import FULL, QUICK
+from .timing import seconds_of
 
 PEAK = 2048  # rows and columns of the dense product
 DISK = 1 << 28  # bytes written and read
@@ -31,7 +32,7 @@ def of_threads(threads: int, quick: bool) -> dict[str, Any]:
     buffer = np.full((QUICK if quick else FULL) // 8, 1, np.uint64)
     size = 128 if quick else PEAK
     a, b = np.full((size, size), 0.5, np.float32), np.full((size, size), 0.25, np.float32)
-    seconds = statistics.median(_seconds(lambda: a @ b) for _ in range(5))
+    seconds = statistics.median(seconds_of(lambda: a @ b) for _ in range(5))
     bandwidth = machine.read_bandwidth(buffer, 3 if quick else 9)
     return {"threads": threads, "bandwidth": bandwidth, "flops": 2 * size**3 / seconds}
 
@@ -51,7 +52,7 @@ def of_disk(folder: Path, quick: bool) -> dict[str, float | None]:
     write = count * BLOCK / (time.perf_counter() - start)
     read = None
     if evict(path):
-        read = count * BLOCK / _seconds(lambda: _read(path))
+        read = count * BLOCK / seconds_of(lambda: _read(path))
     path.unlink()
     return {"write": write, "read": read}
 
@@ -94,12 +95,6 @@ def _read(path: Path) -> None:
     with path.open("rb", buffering=0) as file:
         while file.readinto(block):
             pass
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def main() -> None:

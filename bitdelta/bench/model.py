@@ -16,7 +16,6 @@ from __future__ import annotations
 import statistics
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -35,7 +34,7 @@ from ..model import DeltaModel
 from ..packfile import load
 from .decode import Decoder, LoraRows, PeftRows, twin
 from .random_model import config_of, write_base, write_delta
-from .timing import Case, Sample, interleaved
+from .timing import Case, Sample, interleaved, seconds_of
 
 CONTEXT = 64  # tokens in the cache
 RANKS = 16, 64, 128
@@ -157,15 +156,15 @@ class Bench:
         seconds: list[float] = []
         floor: list[float] = []
         for _ in range(LOADS):
-            floor.append(_seconds(lambda: _map_and_copy(folder)))
-            seconds.append(_seconds(lambda: self.model.load_delta("again", folder)))
+            floor.append(seconds_of(lambda: _map_and_copy(folder)))
+            seconds.append(seconds_of(lambda: self.model.load_delta("again", folder)))
             self.model.unload_delta("again")
         decoder = Decoder(self.model.model, self.tenants, CONTEXT)
         with self.model.batch(self.names, self.tenants):
             wanted = decoder.step()
-            alone = [_seconds(decoder.step) for _ in range(LOADS)]
+            alone = [seconds_of(decoder.step) for _ in range(LOADS)]
             with self._loads(folder) as count:
-                beside = [_seconds(decoder.step) for _ in range(LOADS)]
+                beside = [seconds_of(decoder.step) for _ in range(LOADS)]
                 if not torch.equal(decoder.step(), wanted):
                     raise Error("the tokens of a running batch changed while a delta was loaded")
         load, map_copy = statistics.median(seconds), statistics.median(floor)
@@ -298,12 +297,6 @@ def _map_and_copy(folder: Path) -> int:
     packfile = load(folder)
     values = [packfile[name] for name in packfile]
     return sum(np.array(value).nbytes for value in values if isinstance(value, np.ndarray))
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def _resident_bytes() -> int:

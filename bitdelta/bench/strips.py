@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import reference
-from ..array import aligned_empty, to_float32
+from ..array import aligned_copy, to_float32
 from ..delta import Delta
 from ..errors import Error
 
@@ -28,7 +28,7 @@ def row_strips(N: int) -> tuple[slice, slice]:
 
 def rows_of(delta: Delta, rows: slice) -> Delta:
     """The delta of a strip of output rows; N is a multiple of 16."""
-    sign = _aligned(delta.sign[:, rows.start // ROWS : rows.stop // ROWS])
+    sign = aligned_copy(delta.sign[:, rows.start // ROWS : rows.stop // ROWS])
     scale = np.ascontiguousarray(delta.scale[:, rows])
     return replace(delta, sign=sign, scale=scale, shape=(rows.stop - rows.start, delta.shape[1]))
 
@@ -36,14 +36,8 @@ def rows_of(delta: Delta, rows: slice) -> Delta:
 def columns_of(delta: Delta) -> Delta:
     """The delta of the first COLUMNS columns."""
     column = None if delta.column is None else np.ascontiguousarray(delta.column[:, :COLUMNS])
-    sign = _aligned(delta.sign[:, :, : COLUMNS // 32])
+    sign = aligned_copy(delta.sign[:, :, : COLUMNS // 32])
     return replace(delta, sign=sign, column=column, shape=(delta.shape[0], COLUMNS))
-
-
-def _aligned(sign: Any) -> Any:
-    out = aligned_empty(sign.shape, np.uint32)
-    out[...] = sign
-    return out
 
 
 def exact(what: str, out: Any, x: Any, deltas: Sequence[Delta], ids: Any) -> None:

@@ -17,6 +17,13 @@ MAX_ROUNDS = 60
 Key = TypeVar("Key")
 
 
+def seconds_of(call: Callable[[], object]) -> float:
+    """Of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 @dataclass(frozen=True)
 class Case:
     """What to time: `call` gets a number that grows, which says what weights or deltas to take."""
